@@ -1,0 +1,177 @@
+"""The center's shared memory: created by the launcher, mapped by every worker, freed by the last of them to go.
+
+A sealed memfd: no name, no port, nothing in /dev/shm, gone with the last descriptor. Page 0 holds a header; then come
+the control words, each on its own 128-byte line and each with one writer at a time; then, page by page aligned, the
+shared float32 vectors (`c` first, then what the rule declares) and a snapshot of each.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from easgd_local import hardware
+from easgd_local.words import LINE_BYTES, Words, words
+
+MAGIC, VERSION, PAGE = 0x4C43_4F4C_4447_5345, 1, 4096  # the magic reads "ESGDLOCL" in memory
+BLOCK_BYTES = 4 << 20
+_F_ADD_SEALS, _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 1033, 1, 2, 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything is: a pure function of p, n and the names of the shared vectors.
+
+    The n floats are cut into G blocks, G a multiple of p: about 4 MiB each, smaller for small models so that every
+    worker still has a group to start with. Blocks of a model with n < G may be empty.
+    """
+
+    workers: int
+    n: int
+    shared: tuple[str, ...] = ("c",)
+    block_bytes: int = BLOCK_BYTES
+
+    @cached_property
+    def blocks(self) -> int:
+        """G."""
+        wanted = -(-4 * self.n // self.block_bytes)
+        return max(1, -(-wanted // self.workers)) * self.workers
+
+    def block(self, b: int) -> slice:
+        """The coordinates of block b: bounds at multiples of 16 floats, so that copies start on a 64-byte line."""
+        sixteens = -(-self.n // 16)
+        start, stop = (16 * (sixteens * edge // self.blocks) for edge in (b, b + 1))
+        return slice(min(start, self.n), min(stop, self.n))
+
+    @cached_property
+    def word_counts(self) -> dict[str, int]:
+        """The rows of control words, in the order of their lines. Who writes each is said in `Center`."""
+        p, G = self.workers, self.blocks
+        launcher = {"abort": 1, "pause": 1, "stop": 1, "save": 1, "taken": 1, "grant": p * G}
+        worker = {"clock": p, "earliest_stop": p, "held": p, "waiting_for": p, "request": p, "done": p * G}
+        return {"turn": G} | launcher | worker
+
+    @cached_property
+    def vectors_offset_bytes(self) -> int:
+        return PAGE + _pages(LINE_BYTES * sum(self.word_counts.values()))
+
+    @property
+    def vector_bytes(self) -> int:
+        return _pages(4 * self.n)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.vectors_offset_bytes + 2 * len(self.shared) * self.vector_bytes
+
+
+class Center:
+    """One process's mapping of the center; a context manager that unmaps it.
+
+    Control words, with their only writer:
+
+    - turn[b]: "turn[b] exchanges of block b are complete"; written by the worker whose turn it is, or by the launcher
+      in place of a worker that is gone.
+    - abort, pause, stop, save, taken, grant: the launcher. An odd pause asks every worker to hold.
+    - clock, earliest_stop, held, waiting_for, request, done: worker i writes its own.
+    """
+
+    turn: Words
+    abort: Words
+    pause: Words
+    stop: Words
+    save: Words
+    taken: Words
+    grant: Words
+    clock: Words
+    earliest_stop: Words
+    held: Words
+    waiting_for: Words
+    request: Words
+    done: Words
+
+    def __init__(self, layout: Layout, fd: int) -> None:
+        self.layout, self.fd = layout, fd
+        self._memory = mmap.mmap(fd, layout.size_bytes, mmap.MAP_SHARED)
+        offset = PAGE
+        for name, count in layout.word_counts.items():
+            setattr(self, name, words(self._memory, offset, count))
+            offset += LINE_BYTES * count
+        self.vectors: dict[str, NDArray[np.float32]] = {}
+        self.snapshot: dict[str, NDArray[np.float32]] = {}
+        offset = layout.vectors_offset_bytes
+        for place in (self.vectors, self.snapshot):
+            for name in layout.shared:
+                place[name] = np.frombuffer(self._memory, np.float32, layout.n, offset)
+                offset += layout.vector_bytes
+
+    @classmethod
+    def create(cls, layout: Layout) -> Center:
+        """A new center of zeros, its memory claimed and touched; `MemoryError` says what is missing."""
+        room = hardware.available_bytes()
+        refusal = (
+            f"center of {layout.size_bytes:,} bytes ({layout.n:,} floats × {len(layout.shared)} shared vectors, and a "
+            f"snapshot of each): only {room:,} bytes of memory are available and all of it must be claimed at the "
+            f"start; choose a smaller model or free some memory."
+        )
+        if layout.size_bytes > room:
+            raise MemoryError(refusal)
+        fd = os.memfd_create("easgd_center", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            # fallocate, not ftruncate: lack of room is an error now and not a SIGBUS at the first touch.
+            os.posix_fallocate(fd, 0, layout.size_bytes)
+        except OSError as error:
+            os.close(fd)
+            raise MemoryError(refusal) from error
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW)
+        center = cls(layout, fd)
+        header = memoryview(center._memory).cast("Q")
+        for index, value in enumerate((MAGIC, VERSION, layout.workers, layout.blocks, layout.n)):
+            header[index] = value
+        return center
+
+    @classmethod
+    def attach(cls, layout: Layout, fd: int) -> Center:
+        """The center that another process created; `ValueError` if it is another one than `layout` describes."""
+        center = cls(layout, fd)
+        header = list(memoryview(center._memory).cast("Q")[:5])
+        wanted = [MAGIC, VERSION, layout.workers, layout.blocks, layout.n]
+        if header != wanted:
+            raise ValueError(f"center header {header}: expected {wanted} (magic, version, p, G, n).")
+        return center
+
+    def take_snapshot(self, block: slice | None = None) -> None:
+        """Copies the shared vectors (one block of them) to the snapshot area; the caller holds their turns."""
+        place = slice(None) if block is None else block
+        for name, vector in self.vectors.items():
+            self.snapshot[name][place] = vector[place]
+
+    def sha256(self) -> str:
+        """Digest of the bytes of c."""
+        return hashlib.sha256(self.vectors["c"].tobytes()).hexdigest()
+
+    def close(self) -> None:
+        """Gives back the descriptor and drops the views; the mapping goes when nobody looks at it any more."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+        self.vectors, self.snapshot = {}, {}
+        for name in self.layout.word_counts:
+            vars(self).pop(name, None)
+
+    def __enter__(self) -> Center:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-size_bytes // PAGE) * PAGE

@@ -1,0 +1,148 @@
+"""Checkpoints: atomic directories from which a run goes on to the same bits.
+
+    checkpoints/step-00000120/worker-0.safetensors    x and the rule's local vectors of worker 0, and its clock
+                              center.safetensors      c and the rule's other shared vectors
+                              manifest.json           written last: what belongs together, and the digest of each file
+
+A checkpoint is written under a name that starts with a dot and renamed when all of it is on the disk. The cut is
+consistent although nobody pauses: worker i saves when its own clock shows T, the center is the one after round
+⌈T/τ⌉ - 1, and with strict turns that is exactly the center that the workers at T have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+Vectors = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds. `clocks[rank]` is the clock of a saved worker; workers that were gone are absent."""
+
+    t: int
+    workers: int
+    n: int
+    seconds: float
+    clocks: dict[int, int]
+    files: dict[str, str]
+
+
+def partial_folder(run: Path, t: int) -> Path:
+    """Where the checkpoint of step t is assembled."""
+    return run / "checkpoints" / f".step-{t:08d}.partial"
+
+
+def worker_file(rank: int) -> str:
+    """Name of worker `rank`'s file in a checkpoint."""
+    return f"worker-{rank}.safetensors"
+
+
+def save_vectors(folder: Path, name: str, vectors: Vectors) -> str:
+    """Writes named vectors to `folder/name`, on the disk when this returns; returns the file's SHA-256."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(vectors), folder / name)
+    return _sync_and_digest(folder / name)
+
+
+def load_vectors(folder: Path, name: str) -> dict[str, NDArray[np.float32]]:
+    """The vectors of one file of a checkpoint that `read` has verified."""
+    return load_file(folder / name)
+
+
+def commit(run: Path, manifest: Manifest, *, keep: int) -> Path:
+    """Completes the assembled checkpoint of step `manifest.t` and drops all but the last `keep`; returns its folder."""
+    partial = partial_folder(run, manifest.t)
+    final = partial.with_name(f"step-{manifest.t:08d}")
+    body = asdict(manifest)
+    text = json.dumps(body | {"sha256": _digest_of(body)}, indent=1)
+    with open(partial / "manifest.json", "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _sync_folder(final.parent)
+    for old in steps(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def steps(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def discard_partial(run: Path) -> None:
+    """Removes what an interrupted process had not completed."""
+    for folder in (run / "checkpoints").glob(".step-*.partial"):
+        shutil.rmtree(folder)
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, every file of it verified; `ValueError` names the file that is damaged."""
+    path = folder / "manifest.json"
+    try:
+        body = json.loads(path.read_text())
+        digest = body.pop("sha256")
+        if digest != _digest_of(body):
+            raise ValueError("digest")
+        body["clocks"] = {int(rank): t for rank, t in body["clocks"].items()}
+        manifest = Manifest(**body)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: the checkpoint's manifest is missing or damaged; {_remedy(folder)}") from error
+    for name, digest in manifest.files.items():
+        _verify(folder, name, digest)
+    return manifest
+
+
+def _verify(folder: Path, name: str, digest: str) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path}: a file of the checkpoint is missing; {_remedy(folder)}")
+    if _sync_and_digest(path) != digest:
+        raise ValueError(
+            f"{path}: {path.stat().st_size:,} bytes that are not those that were written (SHA-256 differs); "
+            f"{_remedy(folder)}"
+        )
+    try:
+        load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error}); {_remedy(folder)}") from error
+
+
+def _remedy(folder: Path) -> str:
+    return f"remove {folder} to resume from the checkpoint before it, or start a new run."
+
+
+def _sync_and_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _digest_of(body: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

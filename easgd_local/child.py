@@ -1,0 +1,55 @@
+"""What a child process of the launcher does first, and how it talks back."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def enter(main: Callable[..., None], conn: Connection, log: Path, handles: int, args: tuple[Any, ...]) -> None:
+    """Runs `main(conn, fds, *args)` as a good child: its own process group, killed when its parent dies, its output in
+    `log`, its exceptions told to the launcher in full.
+
+    `handles` file descriptors are received from the launcher first; the child starts work only with them in hand, so
+    the launcher is sure to watch it by then.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.setpgid(0, 0)
+    _die_with_parent()
+    _redirect_output(log)
+    try:
+        main(conn, [recv_handle(conn) for _ in range(handles)], *args)
+    except (EOFError, ConnectionError):
+        sys.exit(1)  # the launcher is gone
+    except Exception as error:
+        traceback.print_exc()
+        conn.send(("failed", f"{type(error).__name__}: {error}"))
+        sys.exit(1)
+
+
+def _die_with_parent() -> None:
+    # 1. The parent dies, 2. we ask to die with it, too late: hence look once more who the parent is.
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _redirect_output(log: Path) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)

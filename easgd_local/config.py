@@ -1,0 +1,142 @@
+"""The configuration of a run: everything that the command line can say, validated when constructed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from easgd_local.faults import Fault
+from easgd_local.rules import rule_class
+from easgd_local.rules.base import Rule
+
+WORKERS = 4  # the paper's node
+
+# Fields that may differ between a run and its continuation: none of them changes what is computed up to the old end.
+RESUMABLE = frozenset({"steps", "workers", "eval_every", "checkpoint_every", "on_failure", "out", "tensorboard"})
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field with the sentence that the command line shows for it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to train, on what, by which rule, with how many workers.
+
+    Steps, epochs and periods count in each worker's own clock: one step is one minibatch of one worker.
+    Raises `ValueError` for values that cannot work; what depends on the data is checked by `run.prepare`.
+    """
+
+    rule: Rule = field(metadata={"help": "the algorithm"})
+    workers: int | None = flag(None, f"number of worker processes p; default {WORKERS}, 1 for sequential rules")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where the workers compute")
+    data: str = flag("digits", "data set: digits, cifar10, imagefolder, synthetic")
+    data_dir: str | None = flag(None, "folder of the data set (cifar10: where it is kept; imagefolder: train/ and test/)")
+    image_size: int | None = flag(None, "imagefolder: side to which pictures are brought; default their own, else 256")
+    memory_budget: float | None = flag(
+        None, "imagefolder: GiB of memory for pictures, beyond which they are streamed; default a quarter of what is free"
+    )
+    model: str = flag("mlp", "mlp, cifar7, imagenet11, or any torchvision classifier by name")
+    steps: int | None = flag(None, "steps of each worker; default 500 unless epochs is given")
+    epochs: float | None = flag(None, "instead of steps: passes over the training set by all workers together")
+    batch_size: int = flag(32, "samples per step and worker")
+    weight_decay: float = flag(1e-4, "l2 coefficient λ")
+    sampling: Literal["shard", "independent"] = flag(
+        "shard", "shard: each sample once per epoch across workers; independent: every worker draws from the whole set"
+    )
+    seed: int = flag(0, "seed of the start, the order of samples, crops, flips and dropout")
+    turns: Literal["strict", "free"] = flag(
+        "strict", "order of visits to the center: strict is reproducible, free waits for no slow worker"
+    )
+    precision: Literal["fp32", "bf16"] = flag("fp32", "precision of forward and backward; x, c and g stay float32")
+    buffers: Literal["average", "recalibrate"] = flag(
+        "average",
+        "BatchNorm statistics of the center: exchanged like parameters, or computed anew on training samples",
+    )
+    threads: int | None = flag(None, "threads of each worker; default cores / workers")
+    eval_every: int | None = flag(None, "steps between evaluations of the center; 0 never; default steps / 20")
+    eval_samples: int = flag(10_000, "training samples used for the center's training loss")
+    checkpoint_every: int = flag(0, "steps between checkpoints; 0 only when interrupted")
+    keep: int = flag(3, "checkpoints to keep")
+    out: str | None = flag(None, "run folder; default runs/<time>-<rule>")
+    on_failure: Literal["continue", "respawn", "stop"] = flag("continue", "what to do when a worker dies")
+    tensorboard: bool = flag(False, "also write the events for TensorBoard into the run folder")
+    faults: tuple[Fault, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.workers is None:
+            object.__setattr__(self, "workers", 1 if self.rule.sequential else WORKERS)
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", 500)
+        self._check_counts()
+        self._check_choices()
+        if self.rule.sequential and self.workers != 1:
+            raise ValueError(
+                f"workers={self.workers}: the rule {self.rule.name} is sequential; use workers=1, or the rule easgd."
+            )
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs}: both fix the length of the run; give one.")
+
+    def _check_counts(self) -> None:
+        least = {"workers": 1, "steps": 1, "batch_size": 1, "eval_samples": 1, "keep": 1, "threads": 1, "image_size": 8,
+                 "seed": 0, "eval_every": 0, "checkpoint_every": 0}  # fmt: skip
+        for name, limit in least.items():
+            value = getattr(self, name)
+            if value is not None and value < limit:
+                raise ValueError(f"{name}={value}: must be at least {limit}; choose a larger value.")
+        if self.workers is not None and self.workers > 64:
+            raise ValueError(f"workers={self.workers}: one machine runs at most 64; start with one per GPU or core.")
+        for name in ("epochs", "memory_budget"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value}: must be a positive number; choose a larger value.")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0; 0 switches it off.")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed}: must be below 2^63; choose a smaller one.")
+
+    def _check_choices(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value}: must be one of {', '.join(choices)}; choose one of them.")
+
+    def to_json(self) -> dict[str, Any]:
+        """A mapping that JSON can hold and `from_json` reads back."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values["rule"] = {"name": self.rule.name} | asdict(self.rule)
+        values["faults"] = [asdict(fault) for fault in self.faults]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Config:
+        """The configuration that `to_json` described; `ValueError` if it does not describe one."""
+        rule = dict(values["rule"])
+        made = {
+            "rule": rule_class(rule.pop("name"))(**rule),
+            "faults": tuple(Fault(**fault) for fault in values.get("faults", [])),
+        }
+        try:
+            return cls(**(values | made))
+        except TypeError as error:
+            raise ValueError(f"configuration of another version ({error}); train with the version that wrote it.") from error
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(hint) for name, hint in get_type_hints(Config).items() if get_origin(hint) is Literal
+}
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields, and the rule's hyperparameters, in which `new` may not continue `old`: name -> (old, new)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    before, after = old.to_json(), new.to_json()
+    for name in before:
+        if name not in RESUMABLE | {"faults", "rule"} and before[name] != after[name]:
+            found[name] = (before[name], after[name])
+    for name in before["rule"] | after["rule"]:
+        pair = before["rule"].get(name), after["rule"].get(name)
+        if pair[0] != pair[1]:
+            found["rule" if name == "name" else name] = pair
+    return found

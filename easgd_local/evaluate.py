@@ -1,0 +1,100 @@
+"""Evaluation of the center on a copy, in a process of its own: no worker's weights or random state are touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from easgd_local import data, hardware, models
+from easgd_local.backend.cpu import vector
+from easgd_local.center import Center
+from easgd_local.data import Dataset, Split
+from easgd_local.flat import Flat
+from easgd_local.gradient import autocast
+from easgd_local.worker import Plan
+
+BATCH = 500
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean cross-entropy without the weight decay term, and the fraction of wrong answers."""
+
+    train_loss: float
+    test_loss: float
+    test_error: float
+
+
+def evaluate(model: nn.Module, dataset: Dataset, *, samples: int, precision: str = "fp32") -> Scores:
+    """Scores of `model` on evenly spaced `samples` of the training set, uncropped at random, and on the whole test set."""
+    model.eval()
+    train_loss, _ = _score(model, dataset, dataset.train, evenly_spaced(len(dataset.train), samples), precision)
+    test_loss, test_error = _score(model, dataset, dataset.test, np.arange(len(dataset.test)), precision)
+    return Scores(train_loss, test_loss, test_error)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, dataset: Dataset, *, samples: int) -> None:
+    """Replaces the running statistics of every BatchNorm by those of `samples` training samples."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches to come
+    model.train()
+    for images, _ in dataset.train.stream(_batches(evenly_spaced(len(dataset.train), samples))):
+        model(torch.from_numpy(data.prepare(images, dataset)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def evenly_spaced(count: int, samples: int) -> NDArray[np.int64]:
+    """At most `samples` indices below `count`, evenly spaced."""
+    return np.arange(min(samples, count)) * count // min(samples, count)
+
+
+@torch.no_grad()
+def _score(
+    model: nn.Module, dataset: Dataset, split: Split, indices: NDArray[np.int64], precision: str
+) -> tuple[float, float]:
+    loss, wrong = 0.0, 0
+    for images, labels in split.stream(_batches(indices)):
+        targets = torch.from_numpy(labels)
+        with autocast(precision):
+            answers = model(torch.from_numpy(data.prepare(images, dataset))).float()
+        loss += F.cross_entropy(answers, targets, reduction="sum").item()
+        wrong += int((answers.argmax(1) != targets).sum())
+    return loss / len(indices), wrong / len(indices)
+
+
+def _batches(indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    return [indices[start : start + BATCH] for start in range(0, len(indices), BATCH)]
+
+
+def main(conn: Connection, fds: list[int], plan: Plan, description: dict[str, Any]) -> None:
+    """The evaluator process: for each question copies the center's snapshot, says "taken", answers with scores.
+
+    The workers are held meanwhile, so it may use all the cores.
+    """
+    torch.set_num_threads(hardware.cores())
+    center = Center.attach(plan.layout, fds[0])
+    dataset = data.from_memfd(fds[1] if len(fds) > 1 else None, description)
+    model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
+    flat = Flat(model)
+    copy = vector(flat.n)
+    flat.bind(copy)
+    conn.send(("ready",))
+    while conn.recv() is not None:
+        np.copyto(copy, center.snapshot["c"])
+        conn.send(("taken",))
+        if plan.buffers == "recalibrate":
+            recalibrate(model, dataset, samples=plan.evaluation_samples)
+        scores = evaluate(model, dataset, samples=plan.evaluation_samples, precision=plan.precision)
+        conn.send(("evaluated", scores, copy[flat.buffers].copy()))

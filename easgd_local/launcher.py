@@ -1,0 +1,247 @@
+"""Starts the processes of a run, watches over them, passes the turns of those that are gone, cleans up.
+
+Never touches CUDA. A worker's death is its exit, observed through a pidfd and reaped, never a time-out: a supervisor
+that guesses would pass the turn of a worker that still writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing as mp
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.reduction import send_handle
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from easgd_local import child
+from easgd_local.center import Center
+from easgd_local.schedules import Calendar
+from easgd_local.turns import Arbiter, pass_turns
+
+NEVER = 2**62  # a turn number and a round that nobody reaches
+DESCENDANTS_S = 2.0  # how long to wait for the killed descendants of a dead child
+
+
+def warm_up() -> None:
+    """Starts the fork server, which imports torch once for all children; returns at once."""
+    _context()
+    forkserver.ensure_running()
+
+
+def _context() -> ForkServerContext:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["easgd_local.preload"])
+    return context
+
+
+@dataclass(eq=False)
+class Child:
+    """A process of the run: a worker (rank is its number) or a helper (rank is None)."""
+
+    name: str
+    rank: int | None
+    process: ForkServerProcess
+    conn: Connection
+    pidfd: int
+    failure: str | None = None  # what it said before it exited with an exception
+    said: set[str] = field(default_factory=set)  # kinds of messages it has sent
+
+
+Message = tuple[Any, ...]
+
+
+class Launcher:
+    """The children of a run. A context manager: on leaving it every child is dead and reaped."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs, self._children = logs, list[Child]()
+        self._poll = select.poll()
+
+    @property
+    def alive(self) -> list[Child]:
+        """The children whose exit has not been observed yet."""
+        return list(self._children)
+
+    def start(self, name: str, main: Callable[..., None], fds: list[int], args: tuple[Any, ...], rank: int | None = None) -> Child:
+        """Runs `main(conn, fds, *args)` in a new process that gets duplicates of `fds`; its output goes to the logs."""
+        ours, theirs = mp.Pipe()
+        log = self._logs / f"{name}.log"
+        process = _context().Process(
+            target=child.enter, args=(main, theirs, log, len(fds), args), name=f"easgd-{name}", daemon=False
+        )
+        process.start()
+        assert process.pid is not None
+        theirs.close()
+        # The child waits for these descriptors before it does anything, so it cannot have exited unobserved.
+        pidfd = os.pidfd_open(process.pid)
+        new = Child(name, rank, process, ours, pidfd)
+        self._children.append(new)
+        self._poll.register(pidfd, select.POLLIN)
+        self._poll.register(ours, select.POLLIN)
+        with contextlib.suppress(OSError):  # dead already: `poll` will say so
+            for fd in fds:
+                send_handle(ours, fd, process.pid)
+        return new
+
+    def poll(self, timeout_s: float) -> list[tuple[Child, Message]]:
+        """What the children say, waiting at most `timeout_s` for the first word; an exit is told as ("exit", cause)."""
+        ready = {fd for fd, _ in self._poll.poll(max(0, round(timeout_s * 1000)))}
+        told: list[tuple[Child, Message]] = []
+        for one in self.alive:
+            exited = one.pidfd in ready
+            if exited or one.conn.fileno() in ready:
+                told += [(one, message) for message in _drain(one)]
+            if exited:
+                told.append((one, ("exit", self._bury(one))))
+        return told
+
+    def kill(self, one: Child) -> None:
+        """Ends a child at once; `poll` tells of its exit, when its descendants are gone too."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kills what still runs and reaps it."""
+        for one in self.alive:
+            self.kill(one)
+        for one in self.alive:
+            self._bury(one)
+
+    def _bury(self, one: Child) -> str | None:
+        """Reaps an exited child, ends its descendants, and says why it died: None for a proper end."""
+        one.process.join()
+        _end_group(one.process.pid)
+        self._poll.unregister(one.pidfd)
+        self._poll.unregister(one.conn)
+        os.close(one.pidfd)
+        one.conn.close()
+        self._children.remove(one)
+        return _cause(one)
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _drain(one: Child) -> list[Message]:
+    messages = []
+    with contextlib.suppress(EOFError, ConnectionError):
+        while one.conn.poll():
+            message = one.conn.recv()
+            one.said.add(message[0])
+            if message[0] == "failed":
+                one.failure = message[1]
+            else:
+                messages.append(message)
+    return messages
+
+
+def _cause(one: Child) -> str | None:
+    code = one.process.exitcode
+    if code == 0:
+        return None
+    if one.failure:
+        return one.failure
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = " (often the kernel's out-of-memory killer; see dmesg)" if name == "SIGKILL" else ""
+        return f"killed by {name}{hint}"
+    return f"exited with code {code}"
+
+
+def _end_group(group: int | None) -> None:
+    """Kills the descendants that a dead child left behind and waits for them: they may hold what the child held."""
+    assert group is not None
+    deadline = time.monotonic() + DESCENDANTS_S
+    try:
+        os.killpg(group, signal.SIGKILL)
+        while any_alive(group) and time.monotonic() < deadline:
+            time.sleep(1e-3)
+    except ProcessLookupError:
+        return
+
+
+def any_alive(group: int) -> bool:
+    """Whether a process of the group still runs (a zombie holds nothing any more)."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(pgrp) == group and state not in "ZX":
+                    return True
+    return False
+
+
+class Referee(threading.Thread):
+    """Passes the turns of workers that are gone (strict), or grants blocks as they are asked for (free).
+
+    A thread of the launcher, and the launcher is the only writer of these words, because the gone write nothing.
+    """
+
+    IDLE_S, BUSY_S = 0.02, 0.5e-3
+
+    def __init__(self, center: Center, calendar: Calendar, *, strict: bool) -> None:
+        super().__init__(name="easgd-referee", daemon=True)
+        self._center, self._calendar, self._strict = center, calendar, strict
+        self._arbiter = Arbiter(center)
+        self._gone: dict[int, int] = {}
+        self._lock, self._ends = threading.Lock(), threading.Event()
+
+    def retire(self, rank: int) -> None:
+        """Worker `rank` has exited: its turns are passed from now on."""
+        with self._lock:
+            self._gone[rank] = NEVER
+
+    def readmit(self, rank: int) -> int:
+        """A new worker takes this rank; returns the first round that will wait for it."""
+        center = self._center
+        with self._lock:
+            # No turn of a later round than the newest can have been passed, and none will be.
+            first = max(center.turn[b] for b in range(center.layout.blocks)) // center.layout.workers + 1
+            if self._strict:
+                self._gone[rank] = first
+            else:
+                del self._gone[rank]
+            return first
+
+    def run(self) -> None:
+        """Until `close`."""
+        while not self._ends.wait(self._pause_s()):
+            busy = True
+            while busy:
+                with self._lock:
+                    busy = self._pass() if self._strict else self._arbiter.grant(self._gone)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._ends.set()
+        self.join()
+
+    def _pause_s(self) -> float:
+        return self.BUSY_S if self._gone or not self._strict else self.IDLE_S
+
+    def _pass(self) -> bool:
+        center, p = self._center, self._center.layout.workers
+        for b, s in pass_turns(center.turn, self._gone, p, center.layout.blocks):
+            round = s // p
+            if s % p == p - 1 and self._calendar.snapshot_after(round):
+                earlier = self._calendar.previous_snapshot(round)
+                if earlier is not None and center.taken[0] <= earlier:
+                    continue  # the earlier snapshot is still being read: next time
+                center.take_snapshot(center.layout.block(b))
+            # Only now, in order: a later turn of this block in the list is passed on a turn word that has got there.
+            if center.turn[b] == s:
+                center.turn[b] = s + 1
+        return False

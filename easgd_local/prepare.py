@@ -1,0 +1,246 @@
+"""From a configuration to everything a run needs, checked before a process starts or a folder appears."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from easgd_local import checkpoint, data, hardware, models
+from easgd_local.center import Center, Layout
+from easgd_local.config import Config, differences
+from easgd_local.data import Dataset
+from easgd_local.flat import Flat
+from easgd_local.schedules import Calendar
+from easgd_local.worker import Plan, Start
+
+CURVE_POINTS = 20  # evaluations of a run that does not say how often
+REPORTS = 100  # of each worker
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to start. A context manager that frees the shared memory.
+
+    `clocks` are those of the workers that a resumed run takes up from; a rank that is absent starts from the center.
+    """
+
+    config: Config
+    plan: Plan
+    flat: Flat
+    center: Center
+    data_fd: int | None
+    description: dict[str, Any]
+    starts: dict[int, Start]
+    t: int
+    seconds: float
+    warnings: list[str]
+
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors that every child receives: the center's, and the data set's unless that is streamed."""
+        return [self.center.fd] + ([] if self.data_fd is None else [self.data_fd])
+
+    def __enter__(self) -> Prepared:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.center.close()
+        if self.data_fd is not None:
+            os.close(self.data_fd)
+
+
+def prepare(config: Config, resume: Path | None = None) -> Prepared:
+    """Loads the data, builds the model and the center, and claims the run folder last.
+
+    With `resume`, a run folder, the center and the workers' states come from its newest checkpoint and `config` must
+    agree with that run's. Raises `ValueError` or `MemoryError` with one sentence; nothing is left behind then.
+    """
+    _check_device(config.device)
+    manifest = None if resume is None else _checked_checkpoint(config, resume)
+    budget = None if config.memory_budget is None else int(config.memory_budget * 2**30)
+    dataset = data.load(
+        config.data, config.data_dir, memory_budget_bytes=budget, size=config.image_size, seed=config.seed
+    )
+    plan, warnings = _plan(config, dataset)
+    plan.sampler(0, len(dataset.train))  # says so when there are too few samples
+    torch.manual_seed(config.seed)
+    model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
+    models.check(model, plan.shape)
+    flat = Flat(model)
+    plan = replace(plan, layout=replace(plan.layout, n=flat.n))
+    with contextlib.ExitStack() as undo:
+        center = undo.enter_context(Center.create(plan.layout))
+        data_fd, description = data.to_memfd(dataset)
+        if data_fd is not None:
+            undo.callback(os.close, data_fd)
+        if manifest is None:
+            center.vectors["c"][:] = flat.values()
+            starts, t, seconds = {rank: Start() for rank in range(plan.layout.workers)}, 0, 0.0
+        else:
+            assert resume is not None
+            starts = _restore(center, plan, manifest, checkpoint.steps(resume)[-1], warnings)
+            t, seconds = manifest.t, manifest.seconds
+        _set_turns(center, plan.calendar.rounds_before(t))
+        plan = replace(plan, folder=resume or _claim_folder(config))
+        undo.pop_all()
+    return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings)
+
+
+def saved_config(folder: Path) -> Config:
+    """The configuration of an earlier run; `ValueError` if the folder holds none."""
+    path = folder / "config.json"
+    try:
+        return Config.from_json(json.loads(path.read_text())["config"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"resume={folder}: no run (its config.json is missing or damaged); name the folder of an earlier run."
+        ) from error
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
+        gpus = hardware.gpus()
+        found = f"this machine has {', '.join(gpus)}, but" if gpus else "no NVIDIA GPU or driver was found, and"
+        raise ValueError(
+            f"device=cuda: {found} this version of easgd_local trains on CPUs only; use --device cpu."
+        )  # fmt: skip
+
+
+def _plan(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
+    workers = config.workers
+    assert workers is not None
+    steps = config.steps
+    if steps is None:
+        assert config.epochs is not None
+        steps = math.ceil(config.epochs * len(dataset.train) / (config.batch_size * workers))
+    evaluate_every = max(1, steps // CURVE_POINTS) if config.eval_every is None else config.eval_every
+    warnings = config.rule.warnings(workers)
+    cores = hardware.cores()
+    if workers > 2 * cores:
+        warnings.append(f"workers={workers} on {cores} cores: they take turns on the cores, so more workers gain nothing.")
+    plan = Plan(
+        rule=config.rule,
+        calendar=Calendar(config.rule.period, steps, evaluate_every, config.checkpoint_every),
+        layout=Layout(workers, 0, ("c", *config.rule.shared)),
+        model=config.model,
+        shape=dataset.input_shape,
+        classes=len(dataset.classes),
+        batch_size=config.batch_size,
+        sampling=config.sampling,
+        seed=config.seed,
+        weight_decay=config.weight_decay,
+        turns=config.turns,
+        precision=config.precision,
+        buffers=config.buffers,
+        threads=config.threads or max(1, cores // workers),
+        folder=Path(),
+        report_every=max(1, steps // REPORTS),
+        evaluation_samples=config.eval_samples,
+        faults=config.faults,
+    )
+    return plan, warnings
+
+
+def _checked_checkpoint(config: Config, run: Path) -> checkpoint.Manifest:
+    """The newest checkpoint of the run to resume, verified; `ValueError` if `config` is that of another run."""
+    for name, (old, new) in differences(saved_config(run), config).items():
+        raise ValueError(
+            f"{name}={new}: the run in {run} was started with {name}={old}, and a resumed run keeps its "
+            f"hyperparameters; leave the flag out, or start a new run."
+        )
+    complete = checkpoint.steps(run)
+    if not complete:
+        raise ValueError(
+            f"resume={run}: this run has no checkpoint; give --checkpoint-every to have some (an interrupted run writes one)."
+        )
+    manifest = checkpoint.read(complete[-1])
+    if config.steps is not None and config.steps <= manifest.t:
+        raise ValueError(
+            f"steps={config.steps}: the run in {run} has its newest checkpoint at step {manifest.t}, so there is nothing "
+            f"left to do; give more --steps."
+        )
+    return manifest
+
+
+def _restore(
+    center: Center, plan: Plan, manifest: checkpoint.Manifest, folder: Path, warnings: list[str]
+) -> dict[int, Start]:
+    """Fills the center's vectors from a checkpoint; returns where each worker takes up."""
+    if manifest.n != plan.layout.n:
+        raise ValueError(
+            f"{folder}: holds a model of {manifest.n:,} floats instead of {plan.layout.n:,}; the data folder or the model "
+            f"has changed since, so start a new run."
+        )
+    for name, vector in checkpoint.load_vectors(folder, "center.safetensors").items():
+        center.vectors[name][:] = vector
+    workers, clocks = plan.layout.workers, manifest.clocks
+    if workers != manifest.workers:
+        warnings.append(
+            f"continuing from the center with {workers} workers instead of {manifest.workers}: every worker starts at the "
+            f"center, so this is another run from step {manifest.t} on, not the same one to the bit."
+        )
+        clocks = {}
+    elif missing := sorted(set(range(workers)) - set(clocks)):
+        names = ", ".join(map(str, missing))
+        warnings.append(f"worker {names} had died before the checkpoint and starts again from the center.")
+    return {rank: Start(clocks.get(rank, manifest.t), folder if rank in clocks else None) for rank in range(workers)}
+
+
+def _set_turns(center: Center, rounds: int) -> None:
+    for b in range(center.layout.blocks):
+        center.turn[b] = rounds * center.layout.workers
+    center.taken[0] = rounds
+
+
+def _claim_folder(config: Config) -> Path:
+    """Creates the run folder; `ValueError` if it holds something already."""
+    if config.out is not None:
+        folder = Path(config.out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(
+                f"out={folder}: exists already and is not an empty folder; choose another, or continue the run in it with "
+                f"--resume {folder}."
+            )
+        try:
+            (folder / "logs").mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"out={folder}: cannot be created ({error.strerror}); choose a place you may write to.") from error
+    else:
+        folder = _new_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.rule.name}")
+    text = {
+        "config": config.to_json(),
+        "versions": hardware.versions(),
+        "hardware": hardware.describe(),
+    }
+    (folder / "config.json").write_text(json.dumps(text, indent=1) + "\n")
+    return folder
+
+
+def _new_name(parent: Path, name: str) -> Path:
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):
+            (parent / (name + suffix)).mkdir(parents=True)
+            (parent / (name + suffix) / "logs").mkdir()
+            return parent / (name + suffix)
+    raise ValueError(f"out={parent / name}: a thousand runs of this name exist already; choose another with --out.")
+
+
+def vectors_of(plan: Plan) -> dict[str, dict[str, int]]:
+    """Name -> bytes of the vectors at the center and at each worker."""
+    size = 4 * plan.layout.n
+    rule = plan.rule
+    return {
+        "shared": dict.fromkeys(plan.layout.shared, size),
+        "local": dict.fromkeys(("x", "g", *rule.local, *rule.scratch), size),
+    }
+
+

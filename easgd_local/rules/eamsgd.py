@@ -1,0 +1,40 @@
+"""EAMSGD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from easgd_local.rules.base import WorkerView, check_momentum, hyperparameter
+from easgd_local.rules.elastic import Elastic
+
+
+@dataclass(frozen=True, kw_only=True)
+class EAMSGD(Elastic):
+    """Elastic averaging with Nesterov momentum, asynchronous: Zhang et al. 2015, Algorithm 2 (arXiv:1412.6651).
+
+        d <- α(x - c),  x <- x - d,  c <- c + d     every τ steps
+        v <- δv - η g(x + δv),  x <- x + v          every step, g taken before the pull
+
+    The difference never enters the velocity. With momentum = 0 it is EASGD.
+    """
+
+    name: ClassVar[str] = "eamsgd"
+    local: ClassVar[tuple[str, ...]] = ("v",)
+    scratch: ClassVar[tuple[str, ...]] = ("d", "y")
+
+    momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_momentum(self.momentum)
+
+    def step(self, w: WorkerView) -> None:
+        d = None
+        if self.due(w.t):
+            alpha, d = self.moving_rate(w.workers), w.d
+            for b in w.turns():
+                w.ops.pull(w.x[b], w.c[b], w.d[b], alpha)  # d <- α(x - c);  c <- c + d
+        w.ops.lookahead(w.y, w.x, w.v, self.momentum)  # y <- x + δv, at the x before the pull
+        g = w.grad(at=w.y)
+        w.ops.nesterov(w.x, w.v, g, w.lr, self.momentum, d)  # v <- δv - ηg;  x <- x - d + v

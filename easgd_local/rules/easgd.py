@@ -1,0 +1,32 @@
+"""EASGD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from easgd_local.rules.base import WorkerView
+from easgd_local.rules.elastic import Elastic
+
+
+@dataclass(frozen=True, kw_only=True)
+class EASGD(Elastic):
+    """Elastic averaging SGD, asynchronous: Zhang et al. 2015, Algorithm 1 (arXiv:1412.6651).
+
+        d <- α(x - c),  x <- x - d,  c <- c + d     every τ steps
+        x <- x - η g(x)                             every step, g taken before the pull
+
+    With alpha = 0 the workers never meet: plain SGD, p times.
+    """
+
+    name: ClassVar[str] = "easgd"
+    scratch: ClassVar[tuple[str, ...]] = ("d",)
+
+    def step(self, w: WorkerView) -> None:
+        d = None
+        if self.due(w.t):
+            alpha, d = self.moving_rate(w.workers), w.d
+            for b in w.turns():
+                w.ops.pull(w.x[b], w.c[b], w.d[b], alpha)  # d <- α(x - c);  c <- c + d
+        g = w.grad()  # at the x before the pull
+        w.ops.descend(w.x, g, w.lr, d)  # x <- x - d - ηg

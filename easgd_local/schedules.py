@@ -1,0 +1,53 @@
+"""When things happen, as functions of the worker's clock t: exchanges, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """The fixed dates of a run. Steps are counted per worker; 0 means never for the two periods.
+
+    Exchange number r (from 0) belongs to step rτ. A worker that has completed T steps has made ⌈T/τ⌉ exchanges, so
+    "the center at step T" is the center after round ⌈T/τ⌉ - 1: exact, whoever is ahead or behind.
+    """
+
+    tau: int
+    steps: int
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+
+    def rounds_before(self, t: int) -> int:
+        """⌈t/τ⌉, the number of exchanges that a worker has made when its clock shows t."""
+        return -(-t // self.tau)
+
+    def evaluation_steps(self, round: int) -> list[int]:
+        """The steps T < steps at which an evaluation of the center after `round` is due."""
+        return self._multiples(self.evaluate_every, round)
+
+    def checkpoint_steps(self, round: int) -> list[int]:
+        """The steps T < steps at which a checkpoint with the center after `round` is due."""
+        return self._multiples(self.checkpoint_every, round)
+
+    def snapshot_after(self, round: int) -> bool:
+        """Whether somebody wants to see the center after this round."""
+        return bool(self.evaluation_steps(round) or self.checkpoint_steps(round))
+
+    def previous_snapshot(self, round: int) -> int | None:
+        """The last snapshot round before `round`, None if there is none."""
+        return next((r for r in range(round - 1, -1, -1) if self.snapshot_after(r)), None)
+
+    def next_snapshot(self, round: int) -> int | None:
+        """The first snapshot round from `round` on, None if there is none."""
+        return next((r for r in range(round, self.rounds_before(self.steps)) if self.snapshot_after(r)), None)
+
+    def checkpoint_due(self, t: int) -> bool:
+        """Whether a checkpoint is to be written when the clock shows t."""
+        return bool(self.checkpoint_every) and 0 < t < self.steps and t % self.checkpoint_every == 0
+
+    def _multiples(self, period: int, round: int) -> list[int]:
+        if not period:
+            return []
+        first, last = round * self.tau + 1, min((round + 1) * self.tau, self.steps - 1)
+        return list(range(-(-first // period) * period, last + 1, period))

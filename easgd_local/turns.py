@@ -1,0 +1,225 @@
+"""Who may touch which block of the center when: Latin-square turns without a single atomic operation.
+
+The G blocks form p groups of q = G/p. In its k-th exchange worker i walks groups i, i+1, …, i+p-1 (mod p), and group g
+serves workers g, g-1, … (mod p). Hence
+
+    pos(b, i) = (group(b) - i) mod p,   worker i may enter block b when turn[b] ≥ kp + pos(b, i),
+    and leaving it stores turn[b] <- kp + pos(b, i) + 1.
+
+All p workers start at once on different groups; worker i waits only for worker i+1; (k, step of the walk) strictly
+decreases along the waiting, so there is no deadlock; every block sees the workers in one fixed cyclic order, so a run
+is deterministic.
+
+The functions are the protocol itself, and tests explore every interleaving of them; the classes wait in real time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Protocol
+
+from easgd_local.center import Center
+from easgd_local.schedules import Calendar
+
+SPINS = 200  # polls that yield the core before the first sleep
+SLEEP_S = 50e-6
+
+
+class Aborted(Exception):
+    """The launcher has called the run off; the worker leaves without touching the center again."""
+
+
+def position(block: int, rank: int, workers: int, blocks: int) -> int:
+    """pos(b, i): after how many others worker i visits block b in each round."""
+    return (block * workers // blocks - rank) % workers
+
+
+def owner(block: int, turn: int, workers: int, blocks: int) -> int:
+    """The worker whose visit of the block is number `turn`: the inverse of `position`."""
+    return (block * workers // blocks - turn) % workers
+
+
+def walk(rank: int, workers: int, blocks: int) -> list[int]:
+    """The blocks in the order in which worker i visits them: its own group first."""
+    q = blocks // workers
+    return [(rank + step) % workers * q + j for step in range(workers) for j in range(q)]
+
+
+def pass_turns(turn: Sequence[int], gone: dict[int, int], workers: int, blocks: int) -> list[tuple[int, int]]:
+    """The turns to pass now in place of workers that are gone: pairs (block, turn number), in the order to pass them.
+
+    `gone[i] = k` means that worker i makes none of its visits before its k-th exchange. A dead or finished worker
+    writes nothing, so the launcher is the only writer of these turn words. At most p turns of a block at a time, since
+    with everybody gone there is nobody left to pass them for.
+    """
+    passed = []
+    for b in range(blocks):
+        now = turn[b]
+        for s in range(now, now + workers):
+            if s // workers >= gone.get(owner(b, s, workers, blocks), 0):
+                break
+            passed.append((b, s))
+    return passed
+
+
+class Turns(Protocol):
+    """A worker's way to the center."""
+
+    round: int
+    wait_s: float
+    waited_for_s: list[float]
+
+    def visit(self) -> Iterator[slice]: ...
+
+
+class _Waiting:
+    """What both orders share: waiting that yields, names the late worker, holds and aborts when asked."""
+
+    def __init__(self, center: Center, rank: int, hold: Callable[[], None]) -> None:
+        self.center, self.rank, self._hold = center, rank, hold
+        self.workers, self.blocks = center.layout.workers, center.layout.blocks
+        self.wait_s = 0.0
+        self.waited_for_s = [0.0] * self.workers
+
+    def _wait(self, ready: Callable[[], bool], late: Callable[[], int]) -> None:
+        """Returns once `ready()`; adds the time to the account of the worker that `late()` names meanwhile."""
+        center, spins, before = self.center, 0, time.perf_counter()
+        while not ready():
+            if center.abort[0]:
+                raise Aborted
+            culprit = self._culprit(late())
+            center.waiting_for[self.rank] = culprit + 1
+            if spins < SPINS:
+                os.sched_yield()
+            else:
+                time.sleep(SLEEP_S)
+            spins += 1
+            now = time.perf_counter()
+            self.wait_s += now - before
+            self.waited_for_s[culprit] += now - before
+            self._hold()  # time spent holding is nobody's fault, hence not counted
+            before = time.perf_counter()
+        center.waiting_for[self.rank] = 0
+
+    def _culprit(self, late: int) -> int:
+        """Follows the chain of waiting to its end: the worker that everybody in it really waits for."""
+        for _ in range(self.workers):
+            further = self.center.waiting_for[late]
+            if further in (0, self.rank + 1):
+                break
+            late = further - 1
+        return late
+
+
+class StrictTurns(_Waiting):
+    """The Latin square: every block sees the workers in one fixed cyclic order. The default; reproducible.
+
+    In a round that ends in a snapshot the last visitor of each block also copies the block to the snapshot area, so
+    that the area holds the center exactly as it is after that round.
+    """
+
+    def __init__(self, center: Center, rank: int, calendar: Calendar, hold: Callable[[], None], first_round: int) -> None:
+        super().__init__(center, rank, hold)
+        self.round, self._calendar = first_round, calendar
+        self._walk = walk(rank, self.workers, self.blocks)
+
+    def visit(self) -> Iterator[slice]:
+        """One exchange: yields the blocks in turn, holding each during its pass of the caller's loop."""
+        turn, p, G = self.center.turn, self.workers, self.blocks
+        snapshot = self._calendar.snapshot_after(self.round)
+        for b in self._walk:
+            place = position(b, self.rank, p, G)
+            s = self.round * p + place
+            if turn[b] < s:
+                self._wait(lambda b=b, s=s: turn[b] >= s, lambda b=b: owner(b, turn[b], p, G))  # type: ignore[misc]
+            if self.center.abort[0]:  # an abort stores 2^62 in every turn word, which looks like a turn
+                raise Aborted
+            assert turn[b] == s, f"block {b}: turn {turn[b]} instead of {s}"
+            block = self.center.layout.block(b)
+            yield block
+            if snapshot and place == p - 1:
+                self._write_snapshot(block)
+            turn[b] = s + 1
+        self.round += 1
+
+    def _write_snapshot(self, block: slice) -> None:
+        # 1. The launcher still reads the snapshot of an earlier round, 2. we overwrite it: hence wait until taken.
+        earlier = self._calendar.previous_snapshot(self.round)
+        taken = self.center.taken
+        if earlier is not None and taken[0] <= earlier:
+            self._wait(lambda: taken[0] > earlier, lambda: self.rank)
+        self.center.take_snapshot(block)
+
+
+class FreeTurns(_Waiting):
+    """First come, first served: for workers of unequal speed. Not reproducible.
+
+    A worker posts one request for a whole exchange; the launcher grants blocks one holder at a time; the worker takes
+    granted blocks in any order, so it never holds one block while it waits for another: no deadlock. Every word still
+    has a single writer.
+    """
+
+    def __init__(self, center: Center, rank: int, hold: Callable[[], None]) -> None:
+        super().__init__(center, rank, lambda: None)  # grants go on during a pause: the worker holds at its boundary
+        self.round = center.request[rank]
+        self._walk = walk(rank, self.workers, self.blocks)
+        for place in range(rank * self.blocks, (rank + 1) * self.blocks):  # what a predecessor of this rank died holding
+            center.done[place] = center.grant[place]
+
+    def visit(self) -> Iterator[slice]:
+        """One exchange: yields the blocks as they are granted, holding each during its pass of the caller's loop."""
+        center, base = self.center, self.rank * self.blocks
+        number = self.round + 1
+        center.request[self.rank] = number
+        pending = list(self._walk)
+        while pending:
+            granted = [b for b in pending if center.grant[base + b] == number]
+            if not granted:
+                self._wait(
+                    lambda: any(center.grant[base + b] == number for b in pending), lambda: self._holder(pending[0])
+                )
+            for b in granted:
+                if center.abort[0]:
+                    raise Aborted
+                yield center.layout.block(b)
+                center.done[base + b] = number
+                pending.remove(b)
+        self.round = number
+
+    def _holder(self, b: int) -> int:
+        center, G = self.center, self.blocks
+        for i in range(self.workers):
+            if i != self.rank and center.grant[i * G + b] > center.done[i * G + b]:
+                return i
+        return self.rank
+
+
+class Arbiter:
+    """Grants the blocks under `free`: runs in the launcher, the only writer of the grants."""
+
+    def __init__(self, center: Center) -> None:
+        self._center = center
+        self._last = [0] * center.layout.blocks
+
+    def grant(self, gone: Collection[int]) -> bool:
+        """One pass over the blocks: gives each idle one to the next worker in line that asks; says whether any went.
+
+        A block held by a worker that is gone is idle: the gone write nothing.
+        """
+        center, p, G = self._center, self._center.layout.workers, self._center.layout.blocks
+        requests = [0 if i in gone else center.request[i] for i in range(p)]
+        held = {b for i in range(p) if i not in gone for b in range(G) if center.grant[i * G + b] > center.done[i * G + b]}
+        any_granted = False
+        for b in range(G):
+            if b in held:
+                continue
+            for step in range(1, p + 1):
+                i = (self._last[b] + step) % p
+                if requests[i] > center.done[i * G + b]:
+                    center.grant[i * G + b] = requests[i]
+                    self._last[b] = i
+                    any_granted = True
+                    break
+        return any_granted

@@ -1,0 +1,366 @@
+"""What a person sees of a run while it runs, drawn by the launcher alone: bars on a terminal, plain lines elsewhere.
+
+Everything shown comes from an event or from the workers' clocks; nothing is extrapolated except the time left, which
+says "about". "Worker loss" is a worker's own, over its minibatches; "center loss" is the center's, by evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from easgd_local.metrics import Event
+from easgd_local.report import (
+    best,
+    clock_text,
+    count_text,
+    loss_text,
+    percent_text,
+    seconds_text,
+    summary_rows,
+    title,
+    worker_rows,
+)
+
+SMOOTHING = 0.3  # weight of the newest worker event in what is shown
+LINE_EVERY_S = 10.0  # plain progress lines, at most
+RATE_OVER_S = 60  # seconds of the past that the time left is estimated from
+STYLES = {"died": "bold red", "finished": "green", "evaluating": "cyan", "training": ""}
+
+
+@dataclass
+class Row:
+    """One worker, as far as it is known."""
+
+    rank: int
+    t: int = 0
+    loss: float | None = None  # worker loss, smoothed
+    samples_per_s: float | None = None
+    waiting: float | None = None  # share of the training time, smoothed
+    state: str = "training"
+    last: Event = field(default_factory=dict)  # its last event
+    clocks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RATE_OVER_S))  # (s, t), 1 s apart
+
+    @property
+    def alive(self) -> bool:
+        return self.state not in ("died", "finished")
+
+    def report(self, event: Event) -> None:
+        self.t = max(self.t, event["t"])
+        self.loss = _smoothed(self.loss, event.get("loss"))
+        self.samples_per_s = event.get("samples_per_s")
+        if event.get("wait_s") is not None:
+            self.waiting = _smoothed(self.waiting, self._share_waiting(event))
+        self.last = event
+
+    def _share_waiting(self, event: Event) -> float | None:
+        """Of the time since the last event; a respawned worker counts its waiting from 0 again."""
+        waited_s = event["wait_s"] - self.last.get("wait_s", 0.0)
+        lasted_s = event["seconds"] - self.last.get("seconds", 0.0)
+        return min(1.0, waited_s / lasted_s) if waited_s >= 0 and lasted_s > 0 else None
+
+    def at(self, now: float, t: int) -> None:
+        self.t = t
+        if not self.clocks or now - self.clocks[-1][0] >= 1:
+            self.clocks.append((now, t))
+
+    def left_s(self, steps: int) -> float | None:
+        """Seconds to the last step at the pace of the last minute; None while there is no pace to speak of."""
+        moved = [clock for clock in self.clocks if clock[1] > self.clocks[0][1]]
+        if not moved:
+            return None
+        (since, first), (now, t) = self.clocks[0], moved[-1]
+        return (steps - self.t) * (now - since) / (t - first)
+
+
+class Board:
+    """What is known of the run, from its events and clocks; how it is shown is for `Screen` and `Lines` to say."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now, self.began = now, now()
+        self.start: Event = {}
+        self.rows: dict[int, Row] = {}
+        self.center: Event | None = None
+        self.best: Event | None = None
+        self.checkpoint: Event | None = None
+
+    def observe(self, event: Event) -> None:
+        kind = event["kind"]
+        if kind == "start":
+            self.start = event
+            self.rows = {rank: _fresh(rank, event) for rank in range(event.get("workers") or 0)}
+        elif kind == "worker":
+            self.row(event["rank"]).report(event)
+        elif kind == "center":
+            self.center, self.best = event, best(e for e in (self.best, event) if e)
+        elif kind == "checkpoint":
+            self.checkpoint = event
+        elif kind == "respawn":
+            self.rows[event["rank"]] = _fresh(event["rank"], event)
+        elif kind in ("death", "finished"):
+            row = self.row(event["rank"])
+            row.t, row.state = event["t"], "died" if kind == "death" else "finished"
+
+    def tick(self, clocks: Sequence[int], waiting_for: Mapping[int, int], evaluating: Collection[int]) -> None:
+        now = self.now()
+        for rank, t in enumerate(clocks):
+            row = self.row(rank)
+            if row.alive:
+                row.at(now, int(t))
+                busy = f"waiting for worker {waiting_for[rank]}" if rank in waiting_for else "training"
+                row.state = "evaluating" if rank in evaluating else busy
+
+    def row(self, rank: int) -> Row:
+        return self.rows.setdefault(rank, Row(rank))
+
+    def heading(self) -> str:
+        counts = [f"{count_text(self.start[name])} {name}" for name in ("steps", "parameters") if self.start.get(name)]
+        places = [f"{name} {self.start[name]}" for name in ("device", "threads") if self.start.get(name)]
+        return ",  ".join([title(self.start), *counts, *places])
+
+    def center_facts(self) -> list[str]:
+        """The center's losses, named, at which step, and the best so far."""
+        if self.center is None:
+            return ["not evaluated yet"]
+        facts = [
+            f"at step {count_text(self.center['t'])}",
+            f"center training loss {loss_text(self.center.get('train_loss'))}",
+            f"center test loss {loss_text(self.center.get('test_loss'))}",
+        ]
+        if self.center.get("test_error") is not None:
+            facts.append(f"test error {percent_text(self.center['test_error'])}")
+        if self.best is not None:
+            facts.append(f"best {percent_text(self.best['test_error'])} at step {count_text(self.best['t'])}")
+        return facts
+
+    def time_facts(self) -> list[str]:
+        steps, alive = self.start.get("steps"), [row for row in self.rows.values() if row.alive]
+        lefts = [row.left_s(steps) for row in alive] if steps else [None]
+        known = [left for left in lefts if left is not None]
+        left = "about " + clock_text(max(known)) if known and len(known) == len(lefts) else "not known yet"
+        return [f"elapsed {clock_text(self.now() - self.began)}", *([f"left {left}"] if lefts else [])]
+
+    def rate_facts(self) -> list[str]:
+        rates = [row.samples_per_s for row in self.rows.values() if row.alive and row.samples_per_s is not None]
+        return [f"{count_text(sum(rates))} samples/s together"] if rates else []
+
+
+class Screen:
+    """A terminal: one bar a worker, the center below, and what happened scrolling by above."""
+
+    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.board = console, Board(now)
+        self.live = Live(console=console, auto_refresh=False, get_renderable=self.render, vertical_overflow="crop")
+
+    def __call__(self, event: Event) -> None:
+        self.board.observe(event)
+        if event["kind"] == "start":
+            self.console.print(Text(self.board.heading(), style="bold"))
+        elif event["kind"] not in ("center", "checkpoint") and (line := notable(event)):
+            self.console.print(Text(line, style="red" if event["kind"] in ("death", "nonfinite") else "yellow"))
+
+    def tick(
+        self, clocks: Sequence[int], *, waiting_for: Mapping[int, int] | None = None, evaluating: Collection[int] = ()
+    ) -> None:
+        """Draws once: `clocks` are steps by rank, `waiting_for` maps a rank to the rank it waits for."""
+        self.board.tick(clocks, waiting_for or {}, evaluating)
+        self.live.refresh()
+
+    def render(self) -> RenderableType:
+        board, rows = self.board, [self.board.rows[rank] for rank in sorted(self.board.rows)]
+        if not rows:
+            return Text("")
+        shown = _worst(rows, self.console.height - 8)
+        parts: list[RenderableType] = [self._bars(shown)]
+        if len(shown) < len(rows):
+            others = Counter(row.state.split(" for ")[0] for row in rows if row not in shown)
+            states = ", ".join(f"{count} {state}" for state, count in others.items())
+            parts.append(Text(f"   and {len(rows) - len(shown)} more: {states}", "dim"))
+        saved = [f"checkpoint at step {count_text(board.checkpoint['t'])}"] if board.checkpoint else []
+        parts.append(_packed("CENTER  ", board.center_facts(), self.console.width, "bold"))
+        parts.append(_packed("", [*board.time_facts(), *board.rate_facts(), *saved], self.console.width, "dim"))
+        return Group(*parts)
+
+    def _bars(self, rows: Iterable[Row]) -> Table:
+        steps = self.board.start.get("steps")
+        gap = 1 if self.console.width < 100 else 2
+        table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim", expand=True)
+        for head in ("worker", "steps"):
+            table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(f"of {count_text(steps)}" if steps else "", ratio=1)
+        for head in ("worker loss", "samples/s", "waiting"):
+            table.add_column(head, justify="right", no_wrap=True)
+        table.add_column("state", min_width=20, no_wrap=True)
+        for row in rows:
+            color = "red" if row.state == "died" else "blue"
+            bar = ProgressBar(total=steps, completed=row.t, style="bright_black", complete_style=color) if steps else ""
+            rate = "-" if row.samples_per_s is None else count_text(row.samples_per_s)
+            waiting = "-" if row.waiting is None else f"{100 * row.waiting:.0f} %"
+            state = Text(row.state, STYLES.get(row.state, "yellow"))
+            table.add_row(str(row.rank), count_text(row.t), bar, _loss_cell(row.loss), rate, waiting, state)
+        return table
+
+    def __enter__(self) -> Screen:
+        self.live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.live.refresh()
+        self.live.stop()
+
+
+class Lines:
+    """Not a terminal: a plain line for each center evaluation and notable event, now and then one of progress."""
+
+    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.board = console, Board(now)
+        self.printed = now()
+
+    def __call__(self, event: Event) -> None:
+        self.board.observe(event)
+        if event["kind"] == "start":
+            self._print(self.board.heading())
+        elif event["kind"] == "center":
+            self._print("center " + ", ".join(self.board.center_facts()))
+        elif line := notable(event):
+            self._print(line)
+
+    def tick(
+        self, clocks: Sequence[int], *, waiting_for: Mapping[int, int] | None = None, evaluating: Collection[int] = ()
+    ) -> None:
+        """As `Screen.tick`; a line at most every ten seconds."""
+        self.board.tick(clocks, waiting_for or {}, evaluating)
+        if self.board.now() - self.printed >= LINE_EVERY_S:
+            steps = _range([row.t for row in self.board.rows.values()], count_text, "workers at step")
+            self._print(", ".join([steps, *self._losses(), *self.board.rate_facts(), *self.board.time_facts()[1:]]))
+
+    def _losses(self) -> list[str]:
+        losses = [row.loss for row in self.board.rows.values() if row.alive and row.loss is not None]
+        return [_range(losses, loss_text, "worker loss")] if losses else []
+
+    def _print(self, line: str) -> None:
+        self.printed = self.board.now()
+        stamp = clock_text(self.printed - self.board.began)
+        self.console.print(
+            f"{stamp}  {' '.join(line.split())}", soft_wrap=True, markup=False, highlight=False, emoji=False
+        )
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+def open_view(to: Console | IO[str]) -> Screen | Lines:
+    """The view for this console or file: a context manager and a listener; `tick` it 4 to 10 times a second."""
+    console = to if isinstance(to, Console) else Console(file=to)
+    return Screen(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)
+
+
+def notable(event: Event) -> str | None:
+    """The sentence for an event that a person should not miss; None for the others."""
+    who, step = f"worker {event.get('rank')}", f"at step {count_text(event['t'])}"
+    match event["kind"]:
+        case "death":
+            return f"{who} died {step}: {event.get('cause') or 'cause not known'}"
+        case "respawn":
+            return f"{who} respawned {step}"
+        case "warning":
+            return f"warning: {event.get('message')}"
+        case "nonfinite":
+            return f"{who} had {count_text(event.get('count'))} values that are not finite {step}"
+        case "checkpoint":
+            return f"checkpoint {step}: {event.get('path')}"
+        case "stop":
+            return f"stopping {step}: {event.get('reason')}"
+        case "end":
+            return f"run {event.get('status')} {step} after {seconds_text(event['seconds'])} of training"
+    return None
+
+
+def summary_table(summary: dict[str, Any], folder: str | Path | None = None) -> RenderableType:
+    """The end of a run: its numbers, its workers, and where the picture and the rest lie."""
+    numbers = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for what, value in summary_rows(summary):
+        numbers.add_row(Text(what, "dim"), Text(value, "bold" if what.startswith("center") else ""))
+    workers = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
+    for head in (
+        "worker",
+        "state",
+        "steps",
+        "exchanges",
+        "samples/s",
+        "exchange\n(s)",
+        "waiting\n(s)",
+        "waited\nmost for",
+    ):
+        workers.add_column(head, justify="left" if head in ("state", "waited\nmost for") else "right")
+    for *cells, waited in worker_rows(summary):
+        workers.add_row(*map(Text, (*cells, waited.split(", ")[0])))
+    parts: list[RenderableType] = [numbers, *([workers] if workers.row_count else [])]
+    for failure in summary.get("failures") or []:
+        parts.append(Text(str(notable({"kind": "death", "t": None, **failure})), "red"))
+    parts += [Text(f"warning: {warning}", "yellow") for warning in summary.get("warnings") or []]
+    if summary.get("center_sha256"):
+        parts.append(Text(f"center_sha256 {summary['center_sha256']}", overflow="fold"))
+    if folder is not None:
+        parts.append(Text(f"curves      {Path(folder) / 'curves.png'}", overflow="fold"))
+        parts.append(Text(f"run folder  {folder}", overflow="fold"))
+    return Group(*parts)
+
+
+def _smoothed(old: float | None, new: float | None) -> float | None:
+    """Exponential mean. A value that is not finite is shown as it is, and forgotten at the next one that is."""
+    if new is None or old is None or not math.isfinite(old) or not math.isfinite(new):
+        return old if new is None else new
+    return (1 - SMOOTHING) * old + SMOOTHING * new
+
+
+def _fresh(rank: int, event: Event) -> Row:
+    """A worker that starts with this event: its training and its waiting count from here."""
+    return Row(rank, event["t"], last={"seconds": event["seconds"]})
+
+
+def _loss_cell(loss: float | None) -> Text:
+    sound = loss is None or math.isfinite(loss)
+    return Text("-" if loss is None else loss_text(loss), "" if sound else "bold red")
+
+
+def _worst(rows: list[Row], room: int) -> list[Row]:
+    """As many rows as there is room for: the dead first, then those furthest behind; in order of rank."""
+    if len(rows) <= room:
+        return rows
+    worst = sorted(rows, key=lambda row: (row.state != "died", row.t))[: max(1, room - 1)]
+    return sorted(worst, key=lambda row: row.rank)
+
+
+def _range(values: Sequence[float], text: Callable[[float], str], name: str) -> str:
+    """ "step 90 to 100"; values that are not finite are counted apart."""
+    sound = [value for value in values if math.isfinite(value)]
+    words = " to ".join(dict.fromkeys(map(text, (min(sound), max(sound))))) if sound else ""
+    rest = f"NaN in {len(values) - len(sound)} of {len(values)} workers" if len(sound) < len(values) else ""
+    return f"{name} " + ", ".join(part for part in (words, rest) if part)
+
+
+def _packed(label: str, facts: Iterable[str], width: int, style: str) -> Text:
+    """The facts side by side, as many on a line as fit, none broken."""
+    lines, indent = [label], " " * len(label)
+    for number, fact in enumerate(facts):
+        if number and len(lines[-1]) + 3 + len(fact) > width:
+            lines.append(indent + fact)
+        else:
+            lines[-1] += ("   " if number else "") + fact
+    return Text("\n".join(lines), style=style)

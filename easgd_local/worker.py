@@ -1,0 +1,278 @@
+"""One worker process: the loop around a rule's `step`, and what the rule may touch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from easgd_local import checkpoint, data, faults, models
+from easgd_local.backend.cpu import CpuOps, Vector, vector
+from easgd_local.center import Center, Layout
+from easgd_local.gradient import Gradient
+from easgd_local.rules.base import Rule
+from easgd_local.schedules import Calendar
+from easgd_local.turns import Aborted, FreeTurns, StrictTurns, Turns
+
+REPORT_S = 2.0  # a slow worker reports at least this often
+
+
+class Stopped(Exception):
+    """The launcher has asked the workers to stop at this clock; state is saved."""
+
+
+class GradientOf(Protocol):
+    """What a worker needs to know of its model and data."""
+
+    n: int
+    buffers: slice
+    loss: float
+    samples_per_step: int
+
+    def __call__(self, ops: CpuOps, t: int, at: Vector) -> Vector: ...
+    def zero(self, ops: CpuOps) -> Vector: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the processes of a run must agree on, fully resolved: a function of the configuration."""
+
+    rule: Rule
+    calendar: Calendar
+    layout: Layout
+    model: str
+    shape: tuple[int, int, int]
+    classes: int
+    batch_size: int
+    sampling: str
+    seed: int
+    weight_decay: float
+    turns: str
+    precision: str
+    buffers: str
+    threads: int
+    folder: Path
+    report_every: int
+    evaluation_samples: int
+    faults: tuple[faults.Fault, ...] = ()
+
+    def sampler(self, rank: int, samples: int) -> data.Sampler:
+        """The order of samples of worker `rank`."""
+        order = data.shard if self.sampling == "shard" else data.independent
+        return order(self.seed, rank, self.layout.workers, self.batch_size, samples)
+
+
+class Worker:
+    """What a rule may touch: x, c and its other named vectors, the clock t, `grad`, `turns` and the operations.
+
+    Vectors have n floats; `x` and the local ones belong to this process, `c` and the shared ones to all.
+    """
+
+    def __init__(
+        self, rank: int, center: Center, plan: Plan, gradient: GradientOf, post: Callable[..., None], t: int
+    ) -> None:
+        self.rank, self.workers, self.t = rank, plan.layout.workers, t
+        self.ops, self._gradient, self._post = CpuOps(), gradient, post
+        self._center, self._plan, self._rule = center, plan, plan.rule
+        rule = plan.rule
+        self._kept = {name: vector(gradient.n) for name in ("x", *rule.local)}
+        self._vectors = self._kept | {name: vector(gradient.n) for name in rule.scratch} | center.vectors
+        self._strict = plan.turns == "strict"
+        self._turns: Turns = (
+            StrictTurns(center, rank, plan.calendar, self._hold_in_wait, plan.calendar.rounds_before(t))
+            if self._strict
+            else FreeTurns(center, rank, lambda: None)
+        )
+        self._reloaded, self._saved_label = False, center.save[0]
+        self._exchanges, self._turns_s, self._losses, self._reported_t = 0, 0.0, [0.0, 0.0], t
+        self._reported_at = time.perf_counter()
+
+    def __getattr__(self, name: str) -> Vector:
+        try:
+            return self.__dict__["_vectors"][name]
+        except KeyError:
+            raise AttributeError(f"{name}: the rule {self._rule.name} declares no such vector") from None
+
+    # What rules use
+
+    @property
+    def lr(self) -> float:
+        """η at the present t."""
+        return self._rule.lr
+
+    def turns(self) -> Iterator[slice]:
+        """One exchange with the center, block by block, each held during its pass of the loop."""
+        began, waited = time.perf_counter(), self._turns.wait_s
+        dies = faults.due(self._plan.faults, "kill-in-exchange", self.rank, self.t)
+        for number, block in enumerate(self._turns.visit()):
+            yield block
+            if dies and number == self._center.layout.blocks // 2:
+                faults.kill()
+        self._exchanges += 1
+        self._turns_s += time.perf_counter() - began - (self._turns.wait_s - waited)
+        if self.ops.nonfinite:
+            self._reload()
+
+    def grad(self, at: Vector | None = None) -> Vector:
+        """g at `at` (default x) on the minibatch of clock t. Read-only; valid until the next call."""
+        point = self._kept["x"] if at is None else at
+        if self._reloaded:
+            self._reloaded = False
+            return self._gradient.zero(self.ops)
+        g = self._gradient(self.ops, self.t, point)
+        if point is not self.x:  # buffers such as running statistics are part of x wherever the gradient was taken
+            self.ops.copy(self.x[self._gradient.buffers], point[self._gradient.buffers])
+        return g
+
+    # The loop
+
+    def run(self) -> None:
+        """Steps until the calendar's last; raises `Stopped` after saving its state when the launcher asks for that."""
+        plan = self._plan
+        while self.t < plan.calendar.steps:
+            self._boundary()
+            began = time.perf_counter()
+            if faults.due(plan.faults, "nan", self.rank, self.t):
+                self.x[: self._gradient.n // 2] = np.nan
+            self._rule.step(self)
+            self._losses[0] += self._gradient.loss
+            self._losses[1] += 1
+            self.t += 1
+            faults.slow_down(plan.faults, self.rank, self.t, time.perf_counter() - began)
+            if self.t % plan.report_every == 0 or time.perf_counter() - self._reported_at > REPORT_S:
+                self._report()
+        self._boundary()
+        self._report()
+
+    def _boundary(self) -> None:
+        """Between two steps: publishes the clock, holds, saves, stops."""
+        center, t, plan = self._center, self.t, self._plan
+        center.clock[self.rank] = t
+        if center.abort[0]:
+            raise Aborted
+        self._hold(t)
+        if faults.due(plan.faults, "kill", self.rank, t):
+            faults.kill()
+        if faults.due(plan.faults, "raise", self.rank, t):
+            raise RuntimeError("injected fault")
+        stop, label = center.stop[0], center.save[0]
+        stops = stop > 0 and t >= stop - 1
+        if self._strict and (stops or plan.calendar.checkpoint_due(t)):
+            self._save(t)
+        elif label != self._saved_label:
+            self._saved_label = label
+            self._save(label - 1)
+        if stops:
+            self._report()
+            raise Stopped
+
+    def _hold_in_wait(self) -> None:
+        self._hold(self.t + 1)  # in the middle of step t the worker can stop at t + 1 at the earliest
+
+    def _hold(self, earliest_stop: int) -> None:
+        """While the launcher's pause word is odd: says so and waits."""
+        center = self._center
+        while (pause := center.pause[0]) & 1:
+            # 1. earliest_stop, 2. held, in this order: who reads held = pause also reads our earliest_stop.
+            center.earliest_stop[self.rank] = earliest_stop
+            center.held[self.rank] = pause
+            while center.pause[0] == pause:
+                if center.abort[0]:
+                    raise Aborted
+                time.sleep(0.5e-3)
+
+    def take_up(self, saved: Path | None) -> None:
+        """The state to start from: a checkpoint's, or the center while nobody moves it yet."""
+        if saved is None:
+            self.ops.copy(self.x, self.c)  # x <- c
+            return
+        vectors = checkpoint.load_vectors(saved, checkpoint.worker_file(self.rank))
+        for name, value in self._kept.items():
+            self.ops.copy(value, vectors[name])
+
+    def join(self, t: int) -> None:
+        """Takes the place of a worker that died: spends the exchange of step t on reading the center."""
+        self.t = self._reported_t = t
+        if self._strict:
+            self._turns.round = self._plan.calendar.rounds_before(t)
+        for b in self.turns():
+            self.ops.copy(self.x[b], self.c[b])  # x <- c
+        self.t += 1
+
+    def _reload(self) -> None:
+        """After an exchange that met non-finite values: the worker goes on from the center, its past forgotten."""
+        for name in self._rule.local:
+            self.ops.fill(self._vectors[name], 0.0)
+        self._post("event", "nonfinite", t=self.t, count=self.ops.nonfinite)
+        self.ops.nonfinite = 0
+        self._reloaded = True
+
+    def _save(self, label: int) -> None:
+        folder, name = checkpoint.partial_folder(self._plan.folder, label), checkpoint.worker_file(self.rank)
+        digest = checkpoint.save_vectors(folder, name, self._kept)
+        self._post("saved", label, self.t, name, digest)
+
+    def _report(self) -> None:
+        now = time.perf_counter()
+        steps, elapsed = self.t - self._reported_t, now - self._reported_at
+        loss, count = self._losses
+        if count:
+            self._post(
+                "event", "worker", t=self.t, loss=loss / count,
+                samples_per_s=steps * self._gradient.samples_per_step / elapsed if elapsed else 0.0,
+                wait_s=self._turns.wait_s, exchange_s=self._turns_s, exchanges=self._exchanges,
+                waited_for_s=self._turns.waited_for_s,
+            )  # fmt: skip
+        self._losses, self._reported_t, self._reported_at = [0.0, 0.0], self.t, now
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a worker takes up: at clock t, from `saved` (a checkpoint's folder) or from the center.
+
+    One that `joins` a run under way, in place of a worker that died, is told its clock when it is ready.
+    """
+
+    t: int = 0
+    saved: Path | None = None
+    joins: bool = False
+
+
+def main(conn: Connection, fds: list[int], rank: int, plan: Plan, description: dict[str, Any], start: Start) -> None:
+    """The worker process: sets up, says "ready", waits for the word to go, steps to the end, says how it ended."""
+    torch.set_num_threads(plan.threads)
+    center = Center.attach(plan.layout, fds[0])
+    dataset = data.from_memfd(fds[1] if len(fds) > 1 else None, description)
+    model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
+    sampler = plan.sampler(rank, len(dataset.train))
+    gradient = Gradient(
+        model, dataset, sampler, rank=rank, weight_decay=plan.weight_decay, precision=plan.precision
+    )  # fmt: skip
+
+    def post(kind: str, *args: Any, **values: Any) -> None:
+        conn.send((kind, *args, values) if values else (kind, *args))
+
+    try:
+        with np.errstate(all="ignore"):  # overflow and NaN are counted in the exchange, not warned about
+            worker = Worker(rank, center, plan, gradient, post, start.t)
+            if not start.joins:
+                worker.take_up(start.saved)
+            post("ready")
+            t = conn.recv()
+            if start.joins:
+                worker.join(t)
+            worker.run()
+        post("finished")
+    except Stopped:
+        post("stopped")
+    except Aborted:
+        pass
+    finally:
+        gradient.close()
