@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,6 +78,37 @@ def commit(run: Path, manifest: Manifest, *, keep: int) -> Path:
     for old in steps(run)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+class Assembly:
+    """The checkpoints of a run that are being put together: the launcher brings the center, each worker its own state.
+
+    `keep` complete checkpoints stay.
+    """
+
+    def __init__(self, run: Path, *, workers: int, n: int, keep: int) -> None:
+        self._run, self._workers, self._n, self._keep = run, workers, n, keep
+        self._centers: dict[int, Vectors] = {}
+        self._saved: dict[int, dict[int, tuple[int, str, str]]] = {}
+
+    def add_center(self, t: int, vectors: Vectors) -> None:
+        """The shared vectors at step t; the caller gives them away."""
+        self._centers[t] = vectors
+
+    def add_worker(self, t: int, rank: int, clock: int, name: str, digest: str) -> None:
+        """Worker `rank` has written its file of the checkpoint of step t at its own clock."""
+        self._saved.setdefault(t, {})[rank] = (clock, name, digest)
+
+    def commit(self, ranks: Collection[int], seconds: float) -> list[tuple[int, Path]]:
+        """Completes the checkpoints to which all of `ranks` have brought their part; returns (step, folder) of each."""
+        ready = [t for t in sorted(self._centers) if set(ranks) <= self._saved.get(t, {}).keys()]
+        return [(t, self._write(t, self._centers.pop(t), self._saved.pop(t, {}), seconds)) for t in ready]
+
+    def _write(self, t: int, vectors: Vectors, saved: dict[int, tuple[int, str, str]], seconds: float) -> Path:
+        files = {name: digest for _, name, digest in saved.values()}
+        files["center.safetensors"] = save_vectors(partial_folder(self._run, t), "center.safetensors", vectors)
+        clocks = {rank: clock for rank, (clock, _, _) in saved.items()}
+        return commit(self._run, Manifest(t, self._workers, self._n, seconds, clocks, files), keep=self._keep)
 
 
 def steps(run: Path) -> list[Path]:

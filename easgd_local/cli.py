@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from easgd_local import __version__
-from easgd_local.config import CHOICES, Config, differences  # noqa: F401
+from easgd_local.config import CHOICES, Config
 from easgd_local.rules import RULES, rule_class
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -60,7 +60,9 @@ def _train(arguments: dict[str, Any]) -> int:
         warm_up()  # the fork server imports torch while we do
         from easgd_local.prepare import prepare, saved_config
 
-        config = make_config(arguments) if resume is None else _resumed(saved_config(Path(resume)), rule.name, arguments)
+        config = (
+            make_config(arguments) if resume is None else _resumed(saved_config(Path(resume)), rule.name, arguments)
+        )
         prepared = prepare(config, None if resume is None else Path(resume))
     except (ValueError, MemoryError) as error:
         print(f"easgd-local: error: {error}", file=sys.stderr)
@@ -68,12 +70,13 @@ def _train(arguments: dict[str, Any]) -> int:
     from rich.console import Console
 
     from easgd_local import view
+    from easgd_local.metrics import Listener
     from easgd_local.run import Run
 
     console = Console()
     with prepared:
         with view.open_view(console) as live:
-            listeners = [live]
+            listeners: list[Listener] = [live]
             if config.tensorboard:
                 from easgd_local.tensorboard import TensorBoard
 

@@ -32,10 +32,13 @@ class Config:
     workers: int | None = flag(None, f"number of worker processes p; default {WORKERS}, 1 for sequential rules")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where the workers compute")
     data: str = flag("digits", "data set: digits, cifar10, imagefolder, synthetic")
-    data_dir: str | None = flag(None, "folder of the data set (cifar10: where it is kept; imagefolder: train/ and test/)")
+    data_dir: str | None = flag(
+        None, "folder of the data set (cifar10: where it is kept; imagefolder: train/ and test/)"
+    )
     image_size: int | None = flag(None, "imagefolder: side to which pictures are brought; default their own, else 256")
     memory_budget: float | None = flag(
-        None, "imagefolder: GiB of memory for pictures, beyond which they are streamed; default a quarter of what is free"
+        None,
+        "imagefolder: GiB of memory for pictures, beyond which they are streamed; default a quarter of what is free",
     )
     model: str = flag("mlp", "mlp, cifar7, imagenet11, or any torchvision classifier by name")
     steps: int | None = flag(None, "steps of each worker; default 500 unless epochs is given")
@@ -54,6 +57,7 @@ class Config:
         "average",
         "BatchNorm statistics of the center: exchanged like parameters, or computed anew on training samples",
     )
+    block_bytes: int = flag(4 << 20, "size of the center's blocks; small models have smaller ones")
     threads: int | None = flag(None, "threads of each worker; default cores / workers")
     eval_every: int | None = flag(None, "steps between evaluations of the center; 0 never; default steps / 20")
     eval_samples: int = flag(10_000, "training samples used for the center's training loss")
@@ -80,6 +84,7 @@ class Config:
 
     def _check_counts(self) -> None:
         least = {"workers": 1, "steps": 1, "batch_size": 1, "eval_samples": 1, "keep": 1, "threads": 1, "image_size": 8,
+                 "block_bytes": 64,
                  "seed": 0, "eval_every": 0, "checkpoint_every": 0}  # fmt: skip
         for name, limit in least.items():
             value = getattr(self, name)
@@ -120,7 +125,9 @@ class Config:
         try:
             return cls(**(values | made))
         except TypeError as error:
-            raise ValueError(f"configuration of another version ({error}); train with the version that wrote it.") from error
+            raise ValueError(
+                f"configuration of another version ({error}); train with the version that wrote it."
+            ) from error
 
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -33,7 +33,7 @@ class Scores:
 
 
 def evaluate(model: nn.Module, dataset: Dataset, *, samples: int, precision: str = "fp32") -> Scores:
-    """Scores of `model` on evenly spaced `samples` of the training set, uncropped at random, and on the whole test set."""
+    """Scores of `model` on `samples` evenly spaced training samples, centrally cropped, and on the whole test set."""
     model.eval()
     train_loss, _ = _score(model, dataset, dataset.train, evenly_spaced(len(dataset.train), samples), precision)
     test_loss, test_error = _score(model, dataset, dataset.test, np.arange(len(dataset.test)), precision)

@@ -62,7 +62,7 @@ class Flat:
             raise ValueError("the model has no trainable parameter: nothing to train; set requires_grad on some.")
         self.n = _aligned(stop)
         self.parameters = sum(tensor.numel() for _, tensor in trained + frozen)
-        self.buffers = slice(_aligned(max((e.stop for e in self.entries if not e.is_buffer))), self.n)
+        self.buffers = slice(_aligned(max(e.stop for e in self.entries if not e.is_buffer)), self.n)
 
     def values(self) -> NDArray[np.float32]:
         """A copy of the model's present values as a vector of n floats."""

@@ -13,7 +13,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -72,7 +72,9 @@ class Launcher:
         """The children whose exit has not been observed yet."""
         return list(self._children)
 
-    def start(self, name: str, main: Callable[..., None], fds: list[int], args: tuple[Any, ...], rank: int | None = None) -> Child:
+    def start(
+        self, name: str, main: Callable[..., None], fds: list[int], args: tuple[Any, ...], rank: int | None = None
+    ) -> Child:
         """Runs `main(conn, fds, *args)` in a new process that gets duplicates of `fds`; its output goes to the logs."""
         ours, theirs = mp.Pipe()
         log = self._logs / f"{name}.log"
@@ -110,10 +112,14 @@ class Launcher:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
 
+    def kill_all(self, children: Iterable[Child]) -> None:
+        """Ends these children at once."""
+        for one in children:
+            self.kill(one)
+
     def close(self) -> None:
         """Kills what still runs and reaps it."""
-        for one in self.alive:
-            self.kill(one)
+        self.kill_all(self._children)
         for one in self.alive:
             self._bury(one)
 
@@ -217,15 +223,18 @@ class Referee(threading.Thread):
             return first
 
     def run(self) -> None:
-        """Until `close`."""
+        """Until the context is left."""
         while not self._ends.wait(self._pause_s()):
             busy = True
             while busy:
                 with self._lock:
                     busy = self._pass() if self._strict else self._arbiter.grant(self._gone)
 
-    def close(self) -> None:
-        """Ends the thread."""
+    def __enter__(self) -> Referee:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ends.set()
         self.join()
 

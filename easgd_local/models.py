@@ -51,22 +51,32 @@ def check(model: nn.Module, shape: Shape) -> None:
         with torch.no_grad():
             scores = model(torch.zeros((1, *shape), device=weight.device, dtype=weight.dtype))
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        raise ValueError(f"{type(model).__name__} does not take pictures of {_spelt(shape)}: "
-                         f"{str(error).strip().splitlines()[0].rstrip('.')}; use pictures of the size it was made for, "
-                         f"or another model.") from error
+        raise ValueError(
+            f"{type(model).__name__} does not take pictures of {_spelt(shape)}: "
+            f"{str(error).strip().splitlines()[0].rstrip('.')}; use pictures of the size it was made for, "
+            f"or another model."
+        ) from error
     finally:
         for module, training in modes:
             module.training = training
     if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
-        raise ValueError(f"{type(model).__name__} returns {type(scores).__name__}{list(getattr(scores, 'shape', ()))}: "
-                         f"a classifier returns one tensor of shape [batch, classes]; wrap the model so that it does.")
+        raise ValueError(
+            f"{type(model).__name__} returns {type(scores).__name__}{list(getattr(scores, 'shape', ()))}: "
+            f"a classifier returns one tensor of shape [batch, classes]; wrap the model so that it does."
+        )
 
 
 def mlp(shape: Shape, classes: int) -> nn.Module:
     """A small perceptron: linear 128, ReLU, linear 64, ReLU, linear; torch's default start."""
     channels, height, width = shape
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 128), nn.ReLU(),
-                         nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, classes))
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(channels * height * width, 128),
+        nn.ReLU(),
+        nn.Linear(128, 64),
+        nn.ReLU(),
+        nn.Linear(64, classes),
+    )
 
 
 def cifar7(shape: Shape, classes: int) -> nn.Module:
@@ -75,16 +85,24 @@ def cifar7(shape: Shape, classes: int) -> nn.Module:
 
     Biases start at 0; weights as torch starts them, uniform in ±1/√fan_in, since the paper does not say.
     """
+
     def features(channels: int) -> nn.Sequential:
         return nn.Sequential(
-            nn.Conv2d(channels, 64, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(64, 128, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(128, 64, 3), nn.ReLU(), nn.Flatten())
+            nn.Conv2d(channels, 64, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 128, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(128, 64, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
 
     length = _length("cifar7", features, shape, usual=28)
-    model = nn.Sequential(*features(shape[0]),
-                          nn.Linear(length, 256), nn.ReLU(), nn.Dropout(0.5),
-                          nn.Linear(256, classes))
+    model = nn.Sequential(
+        *features(shape[0]), nn.Linear(length, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, classes)
+    )
     return _start_biases(model, 0.0)
 
 
@@ -94,19 +112,36 @@ def imagenet11(shape: Shape, classes: int) -> nn.Module:
 
     Biases start at 0.1; weights as torch starts them, uniform in ±1/√fan_in, since the paper does not say.
     """
+
     def features(channels: int) -> nn.Sequential:
         return nn.Sequential(
-            nn.Conv2d(channels, 96, 7, stride=2), nn.ReLU(), nn.MaxPool2d(3, stride=3),
-            nn.Conv2d(96, 256, 5), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(256, 384, 3), nn.ReLU(),
-            nn.Conv2d(384, 384, 2), nn.ReLU(),
-            nn.Conv2d(384, 256, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+            nn.Conv2d(channels, 96, 7, stride=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, stride=3),
+            nn.Conv2d(96, 256, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(256, 384, 3),
+            nn.ReLU(),
+            nn.Conv2d(384, 384, 2),
+            nn.ReLU(),
+            nn.Conv2d(384, 256, 2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+        )
 
     length = _length("imagenet11", features, shape, usual=221)
-    model = nn.Sequential(*features(shape[0]),
-                          nn.Linear(length, 4096), nn.ReLU(), nn.Dropout(0.5),
-                          nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(0.5),
-                          nn.Linear(4096, classes))
+    model = nn.Sequential(
+        *features(shape[0]),
+        nn.Linear(length, 4096),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(4096, 4096),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(4096, classes),
+    )
     return _start_biases(model, 0.1)
 
 
@@ -120,8 +155,10 @@ def _length(name: str, features: Callable[[int], nn.Sequential], shape: Shape, *
         try:
             return features(shape[0])(torch.empty(1, *shape)).numel()
         except RuntimeError as error:
-            raise ValueError(f"{name} has nothing left of a picture of {_spelt(shape)}: its convolutions and poolings "
-                             f"are made for {usual} x {usual}; use larger pictures, or another model.") from error
+            raise ValueError(
+                f"{name} has nothing left of a picture of {_spelt(shape)}: its convolutions and poolings "
+                f"are made for {usual} x {usual}; use larger pictures, or another model."
+            ) from error
 
 
 def _start_biases(model: nn.Module, value: float) -> nn.Module:
@@ -140,9 +177,11 @@ def _torchvision_names() -> list[str]:
 
 def _unknown(name: str) -> str:
     near = get_close_matches(name, [*NAMES, *_torchvision_names()], n=1)
-    return (f"model {name!r} is not known{f', did you mean {near[0]!r}' if near else ''}: ours are {', '.join(NAMES)}, "
-            f"and any classifier of torchvision goes by its name; list those with torchvision.models.list_models("
-            f"module=torchvision.models).")
+    return (
+        f"model {name!r} is not known{f', did you mean {near[0]!r}' if near else ''}: ours are {', '.join(NAMES)}, "
+        f"and any classifier of torchvision goes by its name; list those with torchvision.models.list_models("
+        f"module=torchvision.models)."
+    )
 
 
 def _spelt(shape: Shape) -> str:

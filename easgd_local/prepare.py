@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -11,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from easgd_local import checkpoint, data, hardware, models
@@ -43,6 +43,7 @@ class Prepared:
     t: int
     seconds: float
     warnings: list[str]
+    lock_fd: int
 
     @property
     def fds(self) -> list[int]:
@@ -54,8 +55,9 @@ class Prepared:
 
     def __exit__(self, *exc: object) -> None:
         self.center.close()
-        if self.data_fd is not None:
-            os.close(self.data_fd)
+        for fd in (self.data_fd, self.lock_fd):
+            if fd is not None:
+                os.close(fd)
 
 
 def prepare(config: Config, resume: Path | None = None) -> Prepared:
@@ -91,8 +93,9 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
             t, seconds = manifest.t, manifest.seconds
         _set_turns(center, plan.calendar.rounds_before(t))
         plan = replace(plan, folder=resume or _claim_folder(config))
+        lock_fd = _lock(plan.folder)
         undo.pop_all()
-    return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings)
+    return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings, lock_fd)
 
 
 def saved_config(folder: Path) -> Config:
@@ -126,11 +129,13 @@ def _plan(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
     warnings = config.rule.warnings(workers)
     cores = hardware.cores()
     if workers > 2 * cores:
-        warnings.append(f"workers={workers} on {cores} cores: they take turns on the cores, so more workers gain nothing.")
+        warnings.append(
+            f"workers={workers} on {cores} cores: they take turns on the cores, so more workers gain nothing."
+        )
     plan = Plan(
         rule=config.rule,
         calendar=Calendar(config.rule.period, steps, evaluate_every, config.checkpoint_every),
-        layout=Layout(workers, 0, ("c", *config.rule.shared)),
+        layout=Layout(workers, 0, ("c", *config.rule.shared), config.block_bytes),
         model=config.model,
         shape=dataset.input_shape,
         classes=len(dataset.classes),
@@ -160,12 +165,13 @@ def _checked_checkpoint(config: Config, run: Path) -> checkpoint.Manifest:
     complete = checkpoint.steps(run)
     if not complete:
         raise ValueError(
-            f"resume={run}: this run has no checkpoint; give --checkpoint-every to have some (an interrupted run writes one)."
+            f"resume={run}: this run has no checkpoint (an interrupted run writes one); start it again, and give "
+            f"--checkpoint-every to have some."
         )
     manifest = checkpoint.read(complete[-1])
     if config.steps is not None and config.steps <= manifest.t:
         raise ValueError(
-            f"steps={config.steps}: the run in {run} has its newest checkpoint at step {manifest.t}, so there is nothing "
+            f"steps={config.steps}: the run in {run} has its newest checkpoint at step {manifest.t}, so nothing is "
             f"left to do; give more --steps."
         )
     return manifest
@@ -177,16 +183,16 @@ def _restore(
     """Fills the center's vectors from a checkpoint; returns where each worker takes up."""
     if manifest.n != plan.layout.n:
         raise ValueError(
-            f"{folder}: holds a model of {manifest.n:,} floats instead of {plan.layout.n:,}; the data folder or the model "
-            f"has changed since, so start a new run."
+            f"{folder}: holds a model of {manifest.n:,} floats instead of {plan.layout.n:,}; the data folder or the "
+            f"model has changed since, so start a new run."
         )
     for name, vector in checkpoint.load_vectors(folder, "center.safetensors").items():
         center.vectors[name][:] = vector
     workers, clocks = plan.layout.workers, manifest.clocks
     if workers != manifest.workers:
         warnings.append(
-            f"continuing from the center with {workers} workers instead of {manifest.workers}: every worker starts at the "
-            f"center, so this is another run from step {manifest.t} on, not the same one to the bit."
+            f"continuing from the center with {workers} workers instead of {manifest.workers}: every worker starts at "
+            f"the center, so this is another run from step {manifest.t} on, not the same one to the bit."
         )
         clocks = {}
     elif missing := sorted(set(range(workers)) - set(clocks)):
@@ -207,13 +213,15 @@ def _claim_folder(config: Config) -> Path:
         folder = Path(config.out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(
-                f"out={folder}: exists already and is not an empty folder; choose another, or continue the run in it with "
-                f"--resume {folder}."
+                f"out={folder}: exists already and is not an empty folder; choose another, or continue the run in it "
+                f"with --resume {folder}."
             )
         try:
             (folder / "logs").mkdir(parents=True)
         except OSError as error:
-            raise ValueError(f"out={folder}: cannot be created ({error.strerror}); choose a place you may write to.") from error
+            raise ValueError(
+                f"out={folder}: cannot be created ({error.strerror}); choose a place you may write to."
+            ) from error
     else:
         folder = _new_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.rule.name}")
     text = {
@@ -225,6 +233,17 @@ def _claim_folder(config: Config) -> Path:
     return folder
 
 
+def _lock(folder: Path) -> int:
+    """Holds the run folder against a second process; the lock goes with the descriptor, also when we are killed."""
+    fd = os.open(folder / "config.json", os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise ValueError(f"resume={folder}: this run is still in progress; wait for its end, or interrupt it.") from error
+    return fd
+
+
 def _new_name(parent: Path, name: str) -> Path:
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         with contextlib.suppress(FileExistsError):
@@ -232,15 +251,3 @@ def _new_name(parent: Path, name: str) -> Path:
             (parent / (name + suffix) / "logs").mkdir()
             return parent / (name + suffix)
     raise ValueError(f"out={parent / name}: a thousand runs of this name exist already; choose another with --out.")
-
-
-def vectors_of(plan: Plan) -> dict[str, dict[str, int]]:
-    """Name -> bytes of the vectors at the center and at each worker."""
-    size = 4 * plan.layout.n
-    rule = plan.rule
-    return {
-        "shared": dict.fromkeys(plan.layout.shared, size),
-        "local": dict.fromkeys(("x", "g", *rule.local, *rule.scratch), size),
-    }
-
-

@@ -43,8 +43,8 @@ class Calendar:
         return next((r for r in range(round, self.rounds_before(self.steps)) if self.snapshot_after(r)), None)
 
     def checkpoint_due(self, t: int) -> bool:
-        """Whether a checkpoint is to be written when the clock shows t."""
-        return bool(self.checkpoint_every) and 0 < t < self.steps and t % self.checkpoint_every == 0
+        """Whether a checkpoint is to be written when the clock shows t: at multiples of the period, and at the end."""
+        return bool(self.checkpoint_every) and t > 0 and (t % self.checkpoint_every == 0 or t == self.steps)
 
     def _multiples(self, period: int, round: int) -> list[int]:
         if not period:

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
 from easgd_local.center import Center
 from easgd_local.schedules import Calendar
+from easgd_local.words import Words
 
 SPINS = 200  # polls that yield the core before the first sleep
 SLEEP_S = 50e-6
@@ -47,7 +48,7 @@ def walk(rank: int, workers: int, blocks: int) -> list[int]:
     return [(rank + step) % workers * q + j for step in range(workers) for j in range(q)]
 
 
-def pass_turns(turn: Sequence[int], gone: dict[int, int], workers: int, blocks: int) -> list[tuple[int, int]]:
+def pass_turns(turn: Words, gone: dict[int, int], workers: int, blocks: int) -> list[tuple[int, int]]:
     """The turns to pass now in place of workers that are gone: pairs (block, turn number), in the order to pass them.
 
     `gone[i] = k` means that worker i makes none of its visits before its k-th exchange. A dead or finished worker
@@ -120,7 +121,9 @@ class StrictTurns(_Waiting):
     that the area holds the center exactly as it is after that round.
     """
 
-    def __init__(self, center: Center, rank: int, calendar: Calendar, hold: Callable[[], None], first_round: int) -> None:
+    def __init__(
+        self, center: Center, rank: int, calendar: Calendar, hold: Callable[[], None], first_round: int
+    ) -> None:
         super().__init__(center, rank, hold)
         self.round, self._calendar = first_round, calendar
         self._walk = walk(rank, self.workers, self.blocks)
@@ -165,7 +168,9 @@ class FreeTurns(_Waiting):
         super().__init__(center, rank, lambda: None)  # grants go on during a pause: the worker holds at its boundary
         self.round = center.request[rank]
         self._walk = walk(rank, self.workers, self.blocks)
-        for place in range(rank * self.blocks, (rank + 1) * self.blocks):  # what a predecessor of this rank died holding
+        for place in range(
+            rank * self.blocks, (rank + 1) * self.blocks
+        ):  # what a predecessor of this rank died holding
             center.done[place] = center.grant[place]
 
     def visit(self) -> Iterator[slice]:
@@ -210,7 +215,9 @@ class Arbiter:
         """
         center, p, G = self._center, self._center.layout.workers, self._center.layout.blocks
         requests = [0 if i in gone else center.request[i] for i in range(p)]
-        held = {b for i in range(p) if i not in gone for b in range(G) if center.grant[i * G + b] > center.done[i * G + b]}
+        held = {
+            b for i in range(p) if i not in gone for b in range(G) if center.grant[i * G + b] > center.done[i * G + b]
+        }
         any_granted = False
         for b in range(G):
             if b in held:

@@ -28,7 +28,7 @@ class PlainWords:
 
     def __init__(self, memory: mmap.mmap, offset_bytes: int, count: int) -> None:
         line = LINE_BYTES // 8
-        self._words = memoryview(memory).cast("Q")[offset_bytes // 8 :][: count * line : line] if count else []
+        self._words = memoryview(memory).cast("Q")[offset_bytes // 8 :][: count * line : line]
 
     def __getitem__(self, index: int) -> int:
         return self._words[index]

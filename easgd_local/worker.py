@@ -91,7 +91,8 @@ class Worker:
             else FreeTurns(center, rank, lambda: None)
         )
         self._reloaded, self._saved_label = False, center.save[0]
-        self._exchanges, self._turns_s, self._losses, self._reported_t = 0, 0.0, [0.0, 0.0], t
+        self._made = self._reported = self._exchanges = 0  # steps made, steps reported, exchanges made
+        self._turns_s, self._losses = 0.0, 0.0
         self._reported_at = time.perf_counter()
 
     def __getattr__(self, name: str) -> Vector:
@@ -142,8 +143,8 @@ class Worker:
             if faults.due(plan.faults, "nan", self.rank, self.t):
                 self.x[: self._gradient.n // 2] = np.nan
             self._rule.step(self)
-            self._losses[0] += self._gradient.loss
-            self._losses[1] += 1
+            self._losses += self._gradient.loss
+            self._made += 1
             self.t += 1
             faults.slow_down(plan.faults, self.rank, self.t, time.perf_counter() - began)
             if self.t % plan.report_every == 0 or time.perf_counter() - self._reported_at > REPORT_S:
@@ -199,7 +200,7 @@ class Worker:
 
     def join(self, t: int) -> None:
         """Takes the place of a worker that died: spends the exchange of step t on reading the center."""
-        self.t = self._reported_t = t
+        self.t = t
         if self._strict:
             self._turns.round = self._plan.calendar.rounds_before(t)
         for b in self.turns():
@@ -220,17 +221,16 @@ class Worker:
         self._post("saved", label, self.t, name, digest)
 
     def _report(self) -> None:
-        now = time.perf_counter()
-        steps, elapsed = self.t - self._reported_t, now - self._reported_at
-        loss, count = self._losses
-        if count:
-            self._post(
-                "event", "worker", t=self.t, loss=loss / count,
-                samples_per_s=steps * self._gradient.samples_per_step / elapsed if elapsed else 0.0,
-                wait_s=self._turns.wait_s, exchange_s=self._turns_s, exchanges=self._exchanges,
-                waited_for_s=self._turns.waited_for_s,
-            )  # fmt: skip
-        self._losses, self._reported_t, self._reported_at = [0.0, 0.0], self.t, now
+        now, steps = time.perf_counter(), self._made - self._reported
+        if not steps:
+            return
+        samples = self._gradient.samples_per_step
+        self._post(
+            "event", "worker", t=self.t, loss=self._losses / steps, samples=self._made * samples,
+            samples_per_s=steps * samples / (now - self._reported_at), wait_s=self._turns.wait_s,
+            exchange_s=self._turns_s, exchanges=self._exchanges, waited_for_s=self._turns.waited_for_s,
+        )  # fmt: skip
+        self._losses, self._reported, self._reported_at = 0.0, self._made, now
 
 
 @dataclass(frozen=True)

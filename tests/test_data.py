@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from easgd_local import data
-from easgd_local.data import shared
+from easgd_local import data, hardware
 
 SIDES = (16, 16)
 
@@ -247,7 +246,7 @@ def test_a_streamed_data_set_travels_as_names_alone(folder):
 
 def test_lack_of_room_is_one_sentence_before_anything_is_claimed(monkeypatch):
     made = data.make_synthetic(0, shape=(1, 4, 4), train_samples=11, test_samples=10)
-    monkeypatch.setattr(shared, "available_memory_bytes", lambda: 100)
+    monkeypatch.setattr(hardware, "available_bytes", lambda: 100)
     with pytest.raises(MemoryError, match=r"synthetic takes .* GiB of shared memory.*are available.*imagefolder"):
         data.to_memfd(made)
 

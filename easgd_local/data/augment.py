@@ -42,14 +42,14 @@ def cut(images: np.ndarray, how: Preparation, rng: np.random.Generator | None = 
 
 def _central(images: np.ndarray, side: int) -> np.ndarray:
     top, left = (images.shape[2] - side) // 2, (images.shape[3] - side) // 2
-    return images[:, :, top:top + side, left:left + side]
+    return images[:, :, top : top + side, left : left + side]
 
 
 def _random_crops(images: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
     count, _, height, width = images.shape
     tops, lefts = rng.integers(0, (height - side + 1, width - side + 1), size=(count, 2)).T
     windows = np.lib.stride_tricks.sliding_window_view(images, (side, side), axis=(2, 3))
-    return windows[np.arange(count), :, tops, lefts]        # [b, C, top, left, h, w] at one (top, left) per picture
+    return windows[np.arange(count), :, tops, lefts]  # [b, C, top, left, h, w] at one (top, left) per picture
 
 
 def _random_flips(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:

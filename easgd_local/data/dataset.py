@@ -39,11 +39,15 @@ class MemorySplit(Split):
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
         if images.dtype != np.uint8 or images.ndim != 4:
-            raise ValueError(f"images are {images.dtype}{list(images.shape)}: a split in memory holds "
-                             f"uint8[N, C, H, W]; add the channel axis and convert with astype('uint8').")
+            raise ValueError(
+                f"images are {images.dtype}{list(images.shape)}: a split in memory holds "
+                f"uint8[N, C, H, W]; add the channel axis and convert with astype('uint8')."
+            )
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels have shape {list(labels.shape)} for {len(images)} images: every image needs "
-                             f"exactly one label; pass labels of shape [{len(images)}].")
+            raise ValueError(
+                f"labels have shape {list(labels.shape)} for {len(images)} images: every image needs "
+                f"exactly one label; pass labels of shape [{len(images)}]."
+            )
         self.images = images
         self.labels = labels.astype(np.int64, copy=False)
         self.shape = images.shape[1:]
@@ -72,11 +76,15 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if self.train.shape != self.test.shape:
-            raise ValueError(f"{self.name}: training pictures are {self.train.shape}, test pictures {self.test.shape}: "
-                             f"one network sees both, so store them with one shape.")
+            raise ValueError(
+                f"{self.name}: training pictures are {self.train.shape}, test pictures {self.test.shape}: "
+                f"one network sees both, so store them with one shape."
+            )
         if self.crop is not None and not 0 < self.crop <= min(self.train.shape[1:]):
-            raise ValueError(f"{self.name}: crop={self.crop} of pictures of {self.train.shape[1:]}: a crop lies inside "
-                             f"the picture; use crop=None for the whole one.")
+            raise ValueError(
+                f"{self.name}: crop={self.crop} of pictures of {self.train.shape[1:]}: a crop lies inside "
+                f"the picture; use crop=None for the whole one."
+            )
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -13,18 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from easgd_local import hardware
 from easgd_local.data.dataset import Batch, Split
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICTURES_PER_TASK = 8       # amortizes the cost of a task, and still spreads a batch over the threads
-TINY = 64                   # below this side decoding is mostly Python: a second thread only slows the first
-
-
-def usable_cores() -> int:
-    """The cores this process may run on."""
-    return len(os.sched_getaffinity(0))
+PICTURES_PER_TASK = 8  # amortizes the cost of a task, and still spreads a batch over the threads
+TINY = 64  # below this side decoding is mostly Python: a second thread only slows the first
 
 
 @contextmanager
@@ -36,8 +32,10 @@ def _opened(path: Path | str) -> Iterator[Image]:
         with Image.open(path) as picture:
             yield picture
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error}); every file with a picture's ending must decode; "
-                         f"replace or remove it.") from error
+        raise ValueError(
+            f"{path}: not a readable picture ({error}); every file with a picture's ending must decode; "
+            f"replace or remove it."
+        ) from error
 
 
 def picture_size(path: Path | str) -> tuple[int, int]:
@@ -49,7 +47,7 @@ def picture_size(path: Path | str) -> tuple[int, int]:
 def decode(path: Path | str, size: int) -> np.ndarray:
     """The picture in `path` as uint8[3, size, size]: shorter side resized to `size`, then the central square."""
     with _opened(path) as picture:
-        picture.draft("RGB", (size, size))      # a large JPEG is decoded at 1/2, 1/4 or 1/8, never below `size`
+        picture.draft("RGB", (size, size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8, never below `size`
         rgb = picture.convert("RGB")
         if rgb.size != (size, size):
             rgb = _central_square(rgb, size)
@@ -75,13 +73,21 @@ class FolderSplit(Split):
     ahead: batches decoded before they are asked for, which bounds the memory to (ahead + 1) batches.
     """
 
-    def __init__(self, root: str, paths: Iterable[str], labels: np.ndarray, *, size: int,
-                 threads: int | None = None, ahead: int = 2) -> None:
+    def __init__(
+        self,
+        root: str,
+        paths: Iterable[str],
+        labels: np.ndarray,
+        *,
+        size: int,
+        threads: int | None = None,
+        ahead: int = 2,
+    ) -> None:
         self.root = root
         self.paths = tuple(paths)
         self.labels = labels.astype(np.int64, copy=False)
         self.shape = (3, size, size)
-        self.threads = (1 if size < TINY else usable_cores()) if threads is None else threads
+        self.threads = (1 if size < TINY else hardware.cores()) if threads is None else threads
         self.ahead = ahead
         if self.threads < 1:
             raise ValueError(f"threads={threads}: at least one thread must decode the pictures; use threads=1.")
@@ -122,5 +128,5 @@ class FolderSplit(Split):
 def _finish(begun: tuple[Batch, list[Future]]) -> Batch:
     batch, tasks = begun
     for task in tasks:
-        task.result()       # raises here what the thread raised
+        task.result()  # raises here what the thread raised
     return batch

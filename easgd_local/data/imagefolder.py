@@ -10,8 +10,8 @@ import numpy as np
 from easgd_local.data.dataset import Dataset, MemorySplit
 from easgd_local.data.folder import FolderSplit, picture_size
 
-MIXED_SIZE = 256        # stored side of pictures that come in several sizes
-CROP_RATIO = 0.875      # 28 of 32, 224 of 256
+MIXED_SIZE = 256  # stored side of pictures that come in several sizes
+CROP_RATIO = 0.875  # 28 of 32, 224 of 256
 
 
 def load_imagefolder(data_dir: str | None, *, size: int | None, memory_budget_bytes: int) -> Dataset:
@@ -26,8 +26,10 @@ def load_imagefolder(data_dir: str | None, *, size: int | None, memory_budget_by
     classes, test_classes = _classes(train_dir), _classes(test_dir)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))
-        raise ValueError(f"{train_dir.name}/ and {test_dir.name}/ in {root} differ in {', '.join(odd[:5])}: both need "
-                         f"the same class folders, since a label is a class's place among them; add or remove folders.")
+        raise ValueError(
+            f"{train_dir.name}/ and {test_dir.name}/ in {root} differ in {', '.join(odd[:5])}: both need "
+            f"the same class folders, since a label is a class's place among them; add or remove folders."
+        )
     train_files, test_files = _files(train_dir, classes), _files(test_dir, classes)
     side = _own_side(train_files) if size is None else size
     if side < 8:
@@ -41,8 +43,9 @@ def load_imagefolder(data_dir: str | None, *, size: int | None, memory_budget_by
 
 def _existing(data_dir: str | None) -> Path:
     if data_dir is None:
-        raise ValueError("data_dir=None: an image folder has no default place; give the folder that holds train/ and "
-                         "test/.")
+        raise ValueError(
+            "data_dir=None: an image folder has no default place; give the folder that holds train/ and test/."
+        )
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise ValueError(f"data_dir={data_dir}: there is no such folder; give the folder that holds train/ and test/.")
@@ -53,15 +56,19 @@ def _split_dir(root: Path, *names: str) -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
-    raise ValueError(f"data_dir={root}: it has no folder {' or '.join(f'{name}/' for name in names)}; pictures belong "
-                     f"in train/<class>/ and test/<class>/, so create it.")
+    raise ValueError(
+        f"data_dir={root}: it has no folder {' or '.join(f'{name}/' for name in names)}; pictures belong "
+        f"in train/<class>/ and test/<class>/, so create it."
+    )
 
 
 def _classes(directory: Path) -> tuple[str, ...]:
     classes = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
     if not classes:
-        raise ValueError(f"{directory}: it holds no class folder; pictures belong in {directory.name}/<class>/, one "
-                         f"folder per class, so sort them into folders.")
+        raise ValueError(
+            f"{directory}: it holds no class folder; pictures belong in {directory.name}/<class>/, one "
+            f"folder per class, so sort them into folders."
+        )
     return tuple(classes)
 
 
@@ -72,8 +79,10 @@ def _files(directory: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
     try:
         return make_dataset(str(directory), {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS)
     except FileNotFoundError as error:
-        raise ValueError(f"{directory}: {str(error).rstrip('.')}; every class needs at least one picture, so add some "
-                         f"or remove the folder from train/ and test/.") from error
+        raise ValueError(
+            f"{directory}: {str(error).rstrip('.')}; every class needs at least one picture, so add some "
+            f"or remove the folder from train/ and test/."
+        ) from error
 
 
 def _split(directory: Path, files: list[tuple[str, int]], side: int) -> FolderSplit:

@@ -8,7 +8,7 @@ from itertools import count
 
 import numpy as np
 
-SHARED, OWN = 0, 1      # first entry of a stream's key: one stream for all workers, or one per worker
+SHARED, OWN = 0, 1  # first entry of a stream's key: one stream for all workers, or one per worker
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Sampler:
         """The samples of step t >= 0, int64[batch_size], the caller's own; a batch may straddle two epochs."""
         assert t >= 0, t
         epoch, offset = divmod(self.first + t * self.stride, self.samples)
-        head = self._permutation(epoch)[offset:offset + self.batch_size]
+        head = self._permutation(epoch)[offset : offset + self.batch_size]
         if len(head) == self.batch_size:
             return head.copy()
-        return np.concatenate([head, self._permutation(epoch + 1)[:self.batch_size - len(head)]])
+        return np.concatenate([head, self._permutation(epoch + 1)[: self.batch_size - len(head)]])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._recent:
-            while len(self._recent) >= 2:       # a straddling batch needs two
+            while len(self._recent) >= 2:  # a straddling batch needs two
                 del self._recent[next(iter(self._recent))]
             sequence = np.random.SeedSequence(self.seed, spawn_key=(*self.key, epoch))
             self._recent[epoch] = np.random.Generator(np.random.PCG64(sequence)).permutation(self.samples)
@@ -55,9 +55,11 @@ def shard(seed: int, rank: int, workers: int, batch_size: int, samples: int) -> 
     if rank >= workers:
         raise ValueError(f"rank={rank} of workers={workers}: ranks count from 0 to workers - 1; use a smaller rank.")
     if batch_size * workers > samples:
-        raise ValueError(f"batch_size={batch_size} x workers={workers} = {batch_size * workers} samples a step, but "
-                         f"there are {samples}: one step takes at most one pass over them; use batch_size at most "
-                         f"{samples // workers}, or fewer workers.")
+        raise ValueError(
+            f"batch_size={batch_size} x workers={workers} = {batch_size * workers} samples a step, but "
+            f"there are {samples}: one step takes at most one pass over them; use batch_size at most "
+            f"{samples // workers}, or fewer workers."
+        )
     return Sampler(seed, (SHARED,), samples, batch_size, first=rank * batch_size, stride=workers * batch_size)
 
 
@@ -68,8 +70,10 @@ def independent(seed: int, rank: int, workers: int, batch_size: int, samples: in
     """
     _check(seed, rank, batch_size)
     if batch_size > samples:
-        raise ValueError(f"batch_size={batch_size}, but there are {samples} samples: a batch is at most one pass "
-                         f"over them; use batch_size at most {samples}.")
+        raise ValueError(
+            f"batch_size={batch_size}, but there are {samples} samples: a batch is at most one pass "
+            f"over them; use batch_size at most {samples}."
+        )
     return Sampler(seed, (OWN, rank), samples, batch_size, first=0, stride=batch_size)
 
 
@@ -89,8 +93,9 @@ def step_rng(seed: int, rank: int, t: int) -> np.random.Generator:
     Philox in counter mode, key = (seed, rank), counter = (0, 0, 0, t): the streams of two steps do not meet before
     2^192 blocks are drawn.
     """
-    return np.random.Generator(np.random.Philox(key=np.array([seed, rank], np.uint64),
-                                                counter=np.array([0, 0, 0, t], np.uint64)))
+    return np.random.Generator(
+        np.random.Philox(key=np.array([seed, rank], np.uint64), counter=np.array([0, 0, 0, t], np.uint64))
+    )
 
 
 def _check(seed: int, rank: int, batch_size: int) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from easgd_local import hardware
 from easgd_local.data.dataset import Dataset, MemorySplit, Split
 from easgd_local.data.folder import FolderSplit
 
-ALIGNMENT = 128     # bytes: no two arrays on one cache line
+ALIGNMENT = 128  # bytes: no two arrays on one cache line
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,6 @@ class Placed:
     @property
     def end(self) -> int:
         return self.labels_at + 8 * self.shape[0]
-
-
-def available_memory_bytes() -> int:
-    """Memory that can be claimed without swapping: MemAvailable of /proc/meminfo."""
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no line MemAvailable")
 
 
 def to_memfd(dataset: Dataset) -> tuple[int | None, dict[str, Any]]:
@@ -90,7 +82,7 @@ def _aligned(offset: int) -> int:
 
 def _claim(name: str, size_bytes: int) -> int:
     """A memfd whose pages exist, so that lack of room is an error here and not a SIGBUS at first touch."""
-    room = available_memory_bytes()     # claiming more would not fail but wake the kernel's out-of-memory killer
+    room = hardware.available_bytes()  # claiming more would not fail but wake the kernel's out-of-memory killer
     if size_bytes > room:
         raise _no_room(name, size_bytes, f"{room / 2**30:.1f} GiB are available")
     fd = os.memfd_create(f"easgd_local-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -103,14 +95,16 @@ def _claim(name: str, size_bytes: int) -> int:
 
 
 def _no_room(name: str, size_bytes: int, why: str) -> MemoryError:
-    return MemoryError(f"data set {name} takes {size_bytes / 2**30:.1f} GiB of shared memory: it must fit once beside "
-                       f"the workers ({why}); free memory, or stream the pictures with --data imagefolder and a "
-                       f"smaller memory budget.")
+    return MemoryError(
+        f"data set {name} takes {size_bytes / 2**30:.1f} GiB of shared memory: it must fit once beside "
+        f"the workers ({why}); free memory, or stream the pictures with --data imagefolder and a "
+        f"smaller memory budget."
+    )
 
 
 def _write(fd: int, array: np.ndarray, offset: int) -> None:
     left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    while left:                         # one write moves at most 2 GiB
+    while left:  # one write moves at most 2 GiB
         written = os.pwrite(fd, left, offset)
         left, offset = left[written:], offset + written
 

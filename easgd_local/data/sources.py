@@ -36,10 +36,12 @@ def load_cifar10(data_dir: str | None) -> Dataset:
     root = Path(data_dir or CIFAR10_DIR).expanduser()
     try:
         train, test = CIFAR10(str(root), train=True, download=True), CIFAR10(str(root), train=False)
-    except (OSError, RuntimeError) as error:        # no route, no room, a broken archive
-        raise ValueError(f"cifar10 could not be fetched into {root} ({error}); it is read from "
-                         f"{root}/{CIFAR10.base_folder}; download {CIFAR10.url} by hand into {root}, or train on your "
-                         f"own copy of the pictures with --data imagefolder.") from error
+    except (OSError, RuntimeError) as error:  # no route, no room, a broken archive
+        raise ValueError(
+            f"cifar10 could not be fetched into {root} ({error}); it is read from "
+            f"{root}/{CIFAR10.base_folder}; download {CIFAR10.url} by hand into {root}, or train on your "
+            f"own copy of the pictures with --data imagefolder."
+        ) from error
     classes = tuple(train.classes)
     return Dataset("cifar10", _channels_first(train), _channels_first(test), classes, scale=1 / 255, crop=28, flip=True)
 
@@ -48,16 +50,22 @@ def _channels_first(part: CIFAR10) -> MemorySplit:
     return MemorySplit(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)), np.array(part.targets))
 
 
-def make_synthetic(seed: int, *, shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10,
-                   train_samples: int = 4096, test_samples: int = 1024) -> Dataset:
+def make_synthetic(
+    seed: int,
+    *,
+    shape: tuple[int, int, int] = (3, 32, 32),
+    classes: int = 10,
+    train_samples: int = 4096,
+    test_samples: int = 1024,
+) -> Dataset:
     """Pictures that can be learnt: one coarse random prototype per class, and noise on every pixel.
 
-        pixel = clip(128 + 12 z_class + 64 z)        z, z_class standard normal; z_class is constant on 4 x 4 pixels
+    pixel = clip(128 + 32 z_class + 48 z)        z, z_class standard normal; z_class is constant on 4 x 4 pixels
     """
     rng = np.random.default_rng(seed)
     channels, height, width = shape
     coarse = rng.standard_normal((classes, channels, -(-height // 4), -(-width // 4)), np.float32)
-    prototypes = 128 + 12 * coarse.repeat(4, axis=2).repeat(4, axis=3)[:, :, :height, :width]
+    prototypes = 128 + 32 * coarse.repeat(4, axis=2).repeat(4, axis=3)[:, :, :height, :width]
     train, test = _around(prototypes, train_samples, rng), _around(prototypes, test_samples, rng)
     names = tuple(f"class{i}" for i in range(classes))
     return Dataset("synthetic", train, test, names, scale=1 / 255, crop=None, flip=False)
@@ -66,6 +74,6 @@ def make_synthetic(seed: int, *, shape: tuple[int, int, int] = (3, 32, 32), clas
 def _around(prototypes: np.ndarray, samples: int, rng: np.random.Generator) -> MemorySplit:
     labels = rng.permutation(np.arange(samples) % len(prototypes))
     pixels = rng.standard_normal((samples, *prototypes.shape[1:]), np.float32)
-    pixels *= 64
+    pixels *= 48
     pixels += prototypes[labels]
     return MemorySplit(pixels.clip(0, 255).astype(np.uint8), labels)

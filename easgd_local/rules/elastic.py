@@ -18,7 +18,9 @@ class Elastic(Rule):
 
     tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
     alpha: float | None = hyperparameter(None, "moving rate α")
-    beta: float | None = hyperparameter(None, f"β = pα; the default {BETA} holds when none of alpha, beta, rho is given")
+    beta: float | None = hyperparameter(
+        None, f"β = pα; the default {BETA} holds when none of alpha, beta, rho is given"
+    )
     rho: float | None = hyperparameter(None, "elasticity ρ = α/η")
 
     def __post_init__(self) -> None:

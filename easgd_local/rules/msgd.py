@@ -12,7 +12,7 @@ from easgd_local.rules.base import Rule, WorkerView, check_momentum, hyperparame
 class MSGD(Rule):
     """SGD with Nesterov momentum, sequential (p = 1): the baseline MSGD of Zhang et al. 2015 (arXiv:1412.6651).
 
-        v <- δv - η g(x + δv),  x <- x + v,  c <- x
+    v <- δv - η g(x + δv),  x <- x + v,  c <- x
     """
 
     name: ClassVar[str] = "msgd"

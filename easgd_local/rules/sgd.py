@@ -12,7 +12,7 @@ from easgd_local.rules.base import Rule, WorkerView
 class SGD(Rule):
     """Stochastic gradient descent, sequential (p = 1): the baseline SGD of Zhang et al. 2015 (arXiv:1412.6651).
 
-        x <- x - η g(x),  c <- x
+    x <- x - η g(x),  c <- x
     """
 
     name: ClassVar[str] = "sgd"
