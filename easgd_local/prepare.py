@@ -240,7 +240,7 @@ def _lock(folder: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
-        raise ValueError(f"resume={folder}: this run is still in progress; wait for its end, or interrupt it.") from error
+        raise ValueError(f"resume={folder}: this run is still in progress; wait for its end.") from error
     return fd
 
 

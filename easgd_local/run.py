@@ -270,21 +270,27 @@ class Run:
 
     def _hold_or_release(self) -> None:
         """Holds the workers as long as something needs that; acts as soon as all of them hold."""
-        pause, stops = self._center.pause, bool(self._stop_reason) and self._stop_t < 0
-        if (self._due or stops) and not pause[0] & 1:
+        pause = self._center.pause
+        if self._holding_wanted() and not pause[0] & 1:
             pause[0] += 1
         if not self._held and pause[0] & 1 and all(self._center.held[rank] == pause[0] for rank in self._training()):
             self._held = True
             self._clock.stop()
-        if self._held and stops:
+        if self._held and self._stop_wanted():
             self._stop()
         elif self._held and self._due:
             self._act_while_held(*self._due)
-        if pause[0] & 1 and not (self._due or self._asked):
+        if pause[0] & 1 and not self._holding_wanted():
             if self._held:
                 self._clock.start()
             self._held = False
             pause[0] += 1
+
+    def _stop_wanted(self) -> bool:
+        return bool(self._stop_reason) and self._stop_t < 0
+
+    def _holding_wanted(self) -> bool:
+        return self._due is not None or self._asked is not None or self._stop_wanted()
 
     def _training(self) -> list[int]:
         return [rank for rank in self._workers if self._tallies[rank].state == "training"]
