@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,8 +19,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def enter(main: Callable[..., None], conn: Connection, log: Path, handles: int, args: tuple[Any, ...]) -> None:
-    """Runs `main(conn, fds, *args)` as a good child: its own process group, killed when its parent dies, its output in
-    `log`, its exceptions told to the launcher in full.
+    """Runs `main(conn, fds, *args)` as a good child: its own process group, killed when the launcher dies, its output
+    in `log`, its exceptions told to the launcher in full.
 
     `handles` file descriptors are received from the launcher first; the child starts work only with them in hand, so
     the launcher is sure to watch it by then.
@@ -39,11 +41,21 @@ def enter(main: Callable[..., None], conn: Connection, log: Path, handles: int, 
 
 
 def _die_with_parent() -> None:
+    """Neither the fork server, which is our parent, nor the launcher, which is its parent, is outlived."""
     # 1. The parent dies, 2. we ask to die with it, too late: hence look once more who the parent is.
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    # The fork server lives as long as any of us (we inherit the pipe it watches), so the launcher is watched apart.
+    threading.Thread(target=_watch_launcher, name="easgd-watch", daemon=True).start()
+
+
+def _watch_launcher() -> None:
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    launcher.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _redirect_output(log: Path) -> None:

@@ -7,17 +7,20 @@ import signal
 import time
 from dataclasses import dataclass
 
-KINDS = ("kill", "kill-in-exchange", "raise", "nan", "slow")
+KINDS = ("kill", "kill-in-exchange", "raise", "nan", "pace")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """At clock `t` worker `rank` suffers `kind`; `slow` multiplies the duration of every step from t on by `factor`."""
+    """At clock `t` worker `rank` suffers `kind`.
+
+    From t on, `pace` makes every step last at least `seconds`, waiting for turns not counted.
+    """
 
     kind: str
     rank: int
     t: int = 0
-    factor: float = 10.0
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -29,11 +32,11 @@ def due(faults: tuple[Fault, ...], kind: str, rank: int, t: int) -> bool:
     return any(fault.kind == kind and fault.rank == rank and fault.t == t for fault in faults)
 
 
-def slow_down(faults: tuple[Fault, ...], rank: int, t: int, step_s: float) -> None:
-    """Sleeps as long as a step of `step_s` seconds would take longer."""
+def keep_pace(faults: tuple[Fault, ...], rank: int, t: int, step_s: float) -> None:
+    """Sleeps after a step that took `step_s` for as long as a slower worker would still compute."""
     for fault in faults:
-        if fault.kind == "slow" and fault.rank == rank and t >= fault.t:
-            time.sleep(step_s * (fault.factor - 1))
+        if fault.kind == "pace" and fault.rank == rank and t >= fault.t:
+            time.sleep(max(0.0, fault.seconds - step_s))
 
 
 def kill() -> None:

@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -107,7 +108,8 @@ class Run:
             _tell(one, 0)
 
     def _start_worker(self, rank: int, start: Start) -> None:
-        arguments = (rank, self._plan, self._prepared.description, start)
+        plan = replace(self._plan, faults=()) if start.joins else self._plan  # a fault strikes once
+        arguments = (rank, plan, self._prepared.description, start)
         fds = self._prepared.fds
         self._workers[rank] = self._launcher.start(f"worker-{rank}", worker.main, fds, arguments, rank)
 

@@ -139,14 +139,14 @@ class Worker:
         plan = self._plan
         while self.t < plan.calendar.steps:
             self._boundary()
-            began = time.perf_counter()
+            began = time.perf_counter() - self._turns.wait_s
             if faults.due(plan.faults, "nan", self.rank, self.t):
                 self.x[: self._gradient.n // 2] = np.nan
             self._rule.step(self)
             self._losses += self._gradient.loss
             self._made += 1
             self.t += 1
-            faults.slow_down(plan.faults, self.rank, self.t, time.perf_counter() - began)
+            faults.keep_pace(plan.faults, self.rank, self.t, time.perf_counter() - self._turns.wait_s - began)
             if self.t % plan.report_every == 0 or time.perf_counter() - self._reported_at > REPORT_S:
                 self._report()
         self._boundary()

@@ -1,0 +1,82 @@
+"""What all tests share: a deadline guard against stray processes, and the small runs that many files look at."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from easgd_local.config import Config
+from easgd_local.launcher import warm_up
+from easgd_local.rules.eamsgd import EAMSGD
+from easgd_local.run import train
+
+HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
+
+
+def children(pid: int | None = None) -> list[psutil.Process]:
+    """The living descendants of a process, but for the helpers that Python's multiprocessing keeps."""
+    found = []
+    for process in psutil.Process(pid or os.getpid()).children(recursive=True):
+        try:
+            # The fork server's children keep its command line; being its child tells them apart.
+            helper = any(name in " ".join(process.cmdline()) for name in HELPERS)
+            inherits = any(name in " ".join(process.parent().cmdline()) for name in HELPERS) if process.parent() else False
+            if (not helper or inherits) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def descriptors() -> set[str]:
+    """What this process has open and a run might have left: pipes, sockets, shared memory, process descriptors."""
+    found = set()
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            target = os.readlink(f"/proc/self/fd/{entry}")
+            if not target.startswith("/") or "memfd" in target:
+                found.add(f"{entry} {target}")
+    return found
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether the condition comes true within the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fails the test if it leaves a process or a descriptor behind."""
+    warm_up()  # the fork server and its descriptors stay for the next run
+    before = descriptors()
+    yield
+    assert eventually(lambda: not children(), 5), f"processes left: {children()}"
+    assert descriptors() <= before
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A small training run: `run(steps=40, workers=2, ...)`; each call has a folder of its own."""
+    count = iter(range(1000))
+
+    def start(*, resume: str | None = None, **values: Any) -> dict[str, Any]:
+        values = {"rule": EAMSGD(tau=3), "workers": 2, "steps": 40, "batch_size": 8, "eval_every": 0, "threads": 1} | values
+        if resume is None:
+            values.setdefault("out", str(tmp_path / f"run-{next(count)}"))
+        else:
+            values["out"] = resume
+        return train(Config(**values), resume=resume)
+
+    return start

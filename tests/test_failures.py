@@ -1,0 +1,241 @@
+"""Workers and launchers that die, stall or diverge: the others go on, the summary says so, nothing stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import safetensors.torch
+
+from easgd_local import metrics
+from easgd_local.faults import Fault
+from easgd_local.rules.eamsgd import EAMSGD
+from easgd_local.rules.easgd import EASGD
+from tests.conftest import children, eventually
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+Runner = Callable[..., dict[str, Any]]
+
+
+def center_is_finite(summary: dict[str, Any]) -> bool:
+    state = safetensors.torch.load_file(Path(summary["folder"], "center.safetensors"))
+    return all(bool(np.isfinite(tensor.numpy()).all()) for tensor in state.values())
+
+
+def states(summary: dict[str, Any]) -> list[str]:
+    return [report["state"] for report in summary["worker_reports"]]
+
+
+@pytest.mark.parametrize("turns", ["strict", "free"])
+@pytest.mark.parametrize(
+    "fault", [Fault("kill", 1, 0), Fault("kill", 0, 25), Fault("kill-in-exchange", 2, 9), Fault("kill-in-exchange", 1, 0)]
+)
+def test_when_a_worker_is_killed_the_others_finish_and_the_summary_names_it(turns: str, fault: Fault, run: Runner) -> None:
+    summary = run(workers=3, steps=60, eval_every=10, checkpoint_every=20, turns=turns, faults=(fault,), block_bytes=4000)
+    assert summary["status"] == "done"
+    (failure,) = summary["failures"]
+    assert (failure["rank"], failure["t"]) == (fault.rank, fault.t)
+    assert "SIGKILL" in failure["cause"]
+    assert [i for i, state in enumerate(states(summary)) if state == "finished"] == [i for i in range(3) if i != fault.rank]
+    assert center_is_finite(summary)
+    assert summary["test_error"] < 0.6
+
+
+def test_two_of_four_workers_may_die_at_different_moments(run: Runner) -> None:
+    faults = (Fault("kill-in-exchange", 3, 6), Fault("kill", 1, 31))
+    summary = run(workers=4, steps=60, eval_every=3, faults=faults, block_bytes=4000)
+    assert states(summary) == ["finished", "died", "finished", "died"]
+    assert center_is_finite(summary)
+
+
+@pytest.mark.parametrize("attempt", range(6))
+def test_a_worker_killed_at_any_moment_from_outside_stops_nobody(attempt: int, run: Runner) -> None:
+    moment_s = [0.0, 0.02, 0.05, 0.1, 0.2, 0.4][attempt]
+    victims: list[int] = []
+
+    def kill() -> None:
+        assert eventually(lambda: bool(workers()), 20)
+        time.sleep(moment_s)
+        victims.append(workers()[attempt % len(workers())].pid)
+        os.kill(victims[0], signal.SIGKILL)
+
+    def workers() -> list[psutil.Process]:
+        return sorted(children(), key=lambda process: process.pid)[-3:] if len(children()) >= 4 else []  # not the evaluator
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    summary = run(workers=3, steps=400, eval_every=50, rule=EAMSGD(tau=1))
+    thread.join()
+    assert victims
+    assert summary["status"] == "done"
+    assert states(summary).count("finished") >= 2
+    assert center_is_finite(summary)
+
+
+def test_a_worker_that_raises_is_named_with_its_exception_and_its_log_has_the_traceback(run: Runner) -> None:
+    summary = run(faults=(Fault("raise", 1, 7),))
+    assert summary["failures"] == [{"rank": 1, "t": 7, "cause": "RuntimeError: injected fault"}]
+    assert "Traceback" in Path(summary["folder"], "logs", "worker-1.log").read_text()
+
+
+def test_when_all_workers_die_the_run_has_failed(run: Runner) -> None:
+    summary = run(faults=(Fault("raise", 0, 7), Fault("kill", 1, 3)))
+    assert summary["status"] == "failed"
+    assert states(summary) == ["died", "died"]
+
+
+@pytest.mark.parametrize("turns", ["strict", "free"])
+def test_with_respawn_a_dead_worker_is_replaced_from_the_center(turns: str, run: Runner) -> None:
+    pace = tuple(Fault("pace", rank, seconds=0.01) for rank in (0, 2))  # leaves the new worker time to start
+    faults = (Fault("kill-in-exchange", 1, 6), *pace)
+    summary = run(workers=3, steps=150, turns=turns, faults=faults, on_failure="respawn", eval_every=40)
+    assert summary["status"] == "done"
+    assert states(summary) == ["finished"] * 3
+    assert [failure["rank"] for failure in summary["failures"]] == [1]
+    (respawn,) = [event for event in metrics.read(summary["folder"]) if event["kind"] == "respawn"]
+    assert 6 <= respawn["t"] <= 150
+    assert center_is_finite(summary)
+
+
+def test_with_stop_a_death_ends_the_run_with_a_checkpoint_of_the_others(run: Runner) -> None:
+    summary = run(workers=3, steps=400, faults=(Fault("kill", 1, 20),), on_failure="stop")
+    assert summary["status"] == "failed"
+    assert states(summary) == ["stopped", "died", "stopped"]
+    again = run(workers=3, steps=400, resume=summary["folder"])
+    assert again["status"] == "done"
+    assert any("worker 1 had died" in warning for warning in again["warnings"])
+
+
+def test_values_that_are_not_finite_stay_out_of_the_center_and_the_worker_is_reloaded(run: Runner) -> None:
+    summary = run(workers=3, steps=60, rule=EAMSGD(tau=4), faults=(Fault("nan", 1, 14),))
+    assert summary["status"] == "done"
+    assert center_is_finite(summary)
+    (event,) = [event for event in metrics.read(summary["folder"]) if event["kind"] == "nonfinite"]
+    assert event["rank"] == 1
+    assert event["t"] == 16  # the first exchange after the fault
+    assert event["count"] > 8000
+    losses = [e["loss"] for e in metrics.read(summary["folder"]) if e["kind"] == "worker" and e["rank"] == 1]
+    assert np.isfinite(losses[-1])
+
+
+# A straggler
+
+
+def test_free_turns_do_not_wait_for_a_slow_worker_and_strict_turns_say_whom_they_wait_for(run: Runner) -> None:
+    """A step lasts 10 ms, the slow worker's ten times that, whatever the cores are doing."""
+    pace = tuple(Fault("pace", rank, seconds=0.01) for rank in range(3))
+    slow = (*pace[:2], Fault("pace", 2, seconds=0.1))
+    values = {"workers": 3, "steps": 30, "rule": EASGD(tau=5)}
+    together = steps_per_s(run(**values, turns="free", faults=pace))
+    free = run(**values, turns="free", faults=slow)
+    assert min(steps_per_s(free)[:2]) >= 0.9 * min(together[:2])
+    strict = run(**values, turns="strict", faults=slow)
+    assert max(steps_per_s(strict)[:2]) < 0.3 * min(together[:2])
+    for report in strict["worker_reports"][:2]:
+        waited = report["waited_for_s"]
+        assert waited[2] > 0.8 * sum(waited)
+        assert waited[2] > 0.5 * strict["seconds"]
+    assert "2 (" in Path(strict["folder"], "report.md").read_text()
+
+
+def steps_per_s(summary: dict[str, Any]) -> list[float]:
+    """Each worker's own speed: its steps over the seconds until its last report."""
+    ends = {event["rank"]: event for event in metrics.read(summary["folder"]) if event["kind"] == "worker"}
+    return [ends[rank]["t"] / ends[rank]["seconds"] for rank in sorted(ends)]
+
+
+# The launcher
+
+
+def start_command(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "easgd_local", "train", "eamsgd", "--workers", "3", "--steps", "100000", "--out", str(folder)]
+    return subprocess.Popen(
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def is_training(folder: Path) -> bool:
+    return any(event["kind"] == "worker" for event in metrics.read(folder)) if folder.exists() else False
+
+
+def group_is_gone(pids: list[int]) -> bool:
+    def gone(pid: int) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return True
+
+    return all(gone(pid) for pid in pids)
+
+
+STUCK = """
+from easgd_local.config import Config
+from easgd_local.faults import Fault
+from easgd_local.rules.easgd import EASGD
+from easgd_local.run import train
+train(Config(rule=EASGD(tau=1), workers=3, out={out!r}, faults=(Fault("pace", 0, t=20, seconds=1000.0),)))
+"""
+
+
+@pytest.mark.parametrize("moment", ["while all train", "while all wait for a turn"])
+def test_when_the_launcher_is_killed_its_workers_are_gone_within_seconds(moment: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    if moment == "while all train":
+        process = start_command(folder)
+    else:
+        process = subprocess.Popen([sys.executable, "-c", STUCK.format(out=str(folder))])
+    try:
+        assert eventually(lambda: is_training(folder), 40)
+        time.sleep(0.2)
+        family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        assert len(family) >= 6  # fork server, resource tracker, evaluator, three workers
+    finally:
+        process.kill()
+        process.communicate()
+    assert eventually(lambda: group_is_gone(family), 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_ends_the_command_with_a_checkpoint_and_exit_code_130(number: int, tmp_path: Path) -> None:
+    process = start_command(tmp_path / "run")
+    assert eventually(lambda: is_training(tmp_path / "run"), 40)
+    family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    began = time.monotonic()
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - began < 15
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+    assert eventually(lambda: group_is_gone(family), 5)
+
+
+def test_a_second_interrupt_does_not_wait_for_the_workers(tmp_path: Path, run: Runner) -> None:
+    folder = tmp_path / "run"
+
+    def interrupt_twice() -> None:
+        assert eventually(lambda: is_training(folder), 20)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=interrupt_twice)
+    thread.start()
+    began = time.monotonic()
+    stuck = tuple(Fault("pace", rank, seconds=3.0) for rank in range(2))  # steps of three seconds
+    summary = run(out=str(folder), steps=100_000, faults=stuck, rule=EASGD(tau=10))
+    thread.join()
+    assert summary["status"] == "interrupted"
+    assert time.monotonic() - began < 25
