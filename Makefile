@@ -30,6 +30,7 @@ test: .venv/installed-$(TEST_EXTRA)  ## run the tests; those marked gpu need one
 bench: .venv/installed-$(RUN_EXTRA)  ## time the exchange, and training as a whole
 	$(BIN)/python bench/exchange.py
 	$(BIN)/python bench/throughput.py
+	$(BIN)/python bench/startup.py
 
 lint: .venv/installed-lint  ## check style and types
 	$(BIN)/ruff check

@@ -163,7 +163,7 @@ class Center:
             os.close(self.fd)
         self.fd = -1
         self.vectors, self.snapshot = {}, {}
-        for name in self.layout.word_counts:
+        for name in ("_memory", *self.layout.word_counts):
             vars(self).pop(name, None)
 
     def __enter__(self) -> Center:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 Vectors = Mapping[str, NDArray[np.float32]]
+
+_NAME = re.compile(r"step-\d+")  # a copy kept beside it under a longer name is not one of the run's checkpoints
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,12 @@ def commit(run: Path, manifest: Manifest, *, keep: int) -> Path:
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(partial)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():  # from before this launch: a run that was resumed there and stopped at once
+        _remove(final)
     partial.rename(final)
     _sync_folder(final.parent)
     for old in steps(run)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
 
 
@@ -101,8 +105,8 @@ class Assembly:
 
     def commit(self, ranks: Collection[int], seconds: float) -> list[tuple[int, Path]]:
         """Completes the checkpoints to which all of `ranks` have brought their part; returns (step, folder) of each."""
-        ready = [t for t in sorted(self._centers) if set(ranks) <= self._saved.get(t, {}).keys()]
-        return [(t, self._write(t, self._centers.pop(t), self._saved.pop(t, {}), seconds)) for t in ready]
+        ready = [t for t in sorted(self._centers.keys() & self._saved.keys()) if set(ranks) <= self._saved[t].keys()]
+        return [(t, self._write(t, self._centers.pop(t), self._saved.pop(t), seconds)) for t in ready]
 
     def _write(self, t: int, vectors: Vectors, saved: dict[int, tuple[int, str, str]], seconds: float) -> Path:
         files = {name: digest for _, name, digest in saved.values()}
@@ -113,7 +117,8 @@ class Assembly:
 
 def steps(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
 
 
 def discard_partial(run: Path) -> None:
@@ -141,9 +146,13 @@ def read(folder: Path) -> Manifest:
 
 def _verify(folder: Path, name: str, digest: str) -> None:
     path = folder / name
-    if not path.is_file():
-        raise ValueError(f"{path}: a file of the checkpoint is missing; {_remedy(folder)}")
-    if _sync_and_digest(path) != digest:
+    try:
+        found = _sync_and_digest(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: a file of the checkpoint is missing or cannot be read ({error.strerror}); {_remedy(folder)}"
+        ) from error
+    if found != digest:
         raise ValueError(
             f"{path}: {path.stat().st_size:,} bytes that are not those that were written (SHA-256 differs); "
             f"{_remedy(folder)}"
@@ -152,6 +161,14 @@ def _verify(folder: Path, name: str, digest: str) -> None:
         load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error}); {_remedy(folder)}") from error
+
+
+def _remove(folder: Path) -> None:
+    """Hides a checkpoint, then removes it: half a checkpoint is never seen under its own name."""
+    hidden = folder.with_name(f".{folder.name}.old.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _remedy(folder: Path) -> str:

@@ -3,44 +3,68 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shutil
 import sys
-import types
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 from easgd_local import __version__
-from easgd_local.config import CHOICES, Config
+from easgd_local.config import CHOICES, Config, refuse_change
 from easgd_local.rules import RULES, rule_class
+from easgd_local.rules.base import Rule, plain_type
+
+if TYPE_CHECKING:
+    from easgd_local.prepare import Prepared
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
 NOT_FLAGS = {"rule", "faults"}
+FOLDERS = {"data_dir", "out"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence on one line."""
+    """argparse without abbreviations, whose errors are one sentence on one line."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values, allow_abbrev=False, formatter_class=_formatter)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Knows them all or complains, so that the complaint is the subcommand's and not the topmost parser's."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, []
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong and leaves with exit code 2."""
-        print(f"easgd-local: error: {message}", file=sys.stderr)
+        _complain(_sentence(message, self))
         raise SystemExit(USAGE)
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line. A flag that is not given is absent from the result."""
     top = Parser(prog="easgd-local", description="Elastic averaging on all the GPUs, or all the cores, of one machine.")
-    top.add_argument("--version", action="version", version=f"easgd_local {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    top.add_argument("--version", action="version", version=f"easgd_local {__version__}", help="show the version")
+    commands = top.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=Parser, title="commands",
+        description="easgd-local COMMAND --help describes one of them.",
+    )  # fmt: skip
     train = commands.add_parser(
         "train", help="train a model", argument_default=argparse.SUPPRESS,
+        usage="easgd-local train RULE [--flag VALUE ...]",
         description="Trains MODEL on DATA with p workers that meet in a shared center by the algorithm RULE.",
+        epilog="Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 interrupted.",
     )  # fmt: skip
     train.add_argument("rule", metavar="RULE", help=f"the algorithm: {', '.join(RULES)}")
     _add_rule_flags(train.add_argument_group("the rule"))
-    _add_config_flags(train.add_argument_group("the run"))
-    train.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
+    run = train.add_argument_group("the run")
+    _add_config_flags(run)
+    run.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
     return top
 
 
@@ -52,21 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: dict[str, Any]) -> int:
-    resume = arguments.pop("resume", None)
     try:
-        rule = rule_class(arguments["rule"])  # known before the slow imports start
-        from easgd_local.launcher import warm_up
-
-        warm_up()  # the fork server imports torch while we do
-        from easgd_local.prepare import prepare, saved_config
-
-        config = (
-            make_config(arguments) if resume is None else _resumed(saved_config(Path(resume)), rule.name, arguments)
-        )
-        prepared = prepare(config, None if resume is None else Path(resume))
+        prepared = _prepare(arguments)
     except (ValueError, MemoryError) as error:
-        print(f"easgd-local: error: {error}", file=sys.stderr)
+        _complain(str(error))
         return USAGE
+    except KeyboardInterrupt:
+        _complain("interrupted before the training began.")
+        return INTERRUPTED
     from rich.console import Console
 
     from easgd_local import view
@@ -75,46 +92,133 @@ def _train(arguments: dict[str, Any]) -> int:
 
     console = Console()
     with prepared:
-        with view.open_view(console) as live:
+        with ExitStack() as stack, view.open_view(console) as live:
             listeners: list[Listener] = [live]
-            if config.tensorboard:
+            if prepared.config.tensorboard:
                 from easgd_local.tensorboard import TensorBoard
 
-                listeners.append(TensorBoard(prepared.plan.folder))
+                resume_t = prepared.t if "resume" in arguments else None
+                listeners.append(stack.enter_context(TensorBoard(prepared.plan.folder, resume_t=resume_t)))
             summary = Run(prepared, listeners).execute()
         console.print(view.summary_table(summary, summary["folder"]))
     return EXIT_CODES[summary["status"]]
 
 
+def _prepare(arguments: dict[str, Any]) -> Prepared:
+    """The run that the flags describe, ready to start; `ValueError` or `MemoryError` for one that cannot work."""
+    given = {name: value for name, value in arguments.items() if name != "resume"}
+    run = Path(arguments["resume"]) if "resume" in arguments else None
+    # Wrong flags are told before anything slow is imported and any process started.
+    config = make_config(given) if run is None else None
+    _hyperparameters(given)
+    from easgd_local.launcher import warm_up
+
+    warm_up()  # the fork server imports torch while we do
+    from easgd_local.prepare import prepare, saved_config
+
+    if run is not None:
+        config = _resumed(saved_config(run), run, given)
+    assert config is not None
+    return prepare(config, run)
+
+
 def make_config(arguments: dict[str, Any]) -> Config:
     """The configuration that the given flags describe; `ValueError` for a flag that the rule does not have."""
+    rule, hyperparameters = _hyperparameters(arguments)
+    return Config(rule=rule(**hyperparameters), **_rest(arguments))
+
+
+def _hyperparameters(arguments: dict[str, Any]) -> tuple[type[Rule], dict[str, Any]]:
+    """The rule, and the given flags that are its own; `ValueError` for one that only other rules have."""
     rule = rule_class(arguments["rule"])
-    own = {one.name for one in fields(rule)}
-    hyperparameters = {}
-    for name in _rule_fields():
-        if name in arguments:
-            if name not in own:
-                raise ValueError(
-                    f"{name}={arguments[name]}: the rule {rule.name} has no {name}; it has {', '.join(sorted(own))}."
-                )
-            hyperparameters[name] = arguments[name]
-    rest = {name: value for name, value in arguments.items() if name != "rule" and name not in hyperparameters}
-    return Config(rule=rule(**hyperparameters), **rest)
+    given = {name: value for name, value in arguments.items() if name in _rule_fields()}
+    for name, value in given.items():
+        if name not in _names(rule):
+            owners = ", ".join(other for other, one in RULES.items() if name in _names(one))
+            raise ValueError(
+                f"{name}={value}: the rule {rule.name} has no {name}, only {', '.join(_names(rule))}; leave --{name} "
+                f"out, or use a rule that has it: {owners}."
+            )
+    return rule, given
 
 
-def _resumed(saved: Config, rule: str, arguments: dict[str, Any]) -> Config:
-    """The saved configuration with the flags given now on top; `prepare` judges whether they fit."""
+def _rest(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name != "rule" and name not in _rule_fields()}
+
+
+def _resumed(saved: Config, run: Path, arguments: dict[str, Any]) -> Config:
+    """The saved configuration with the flags given now on top; `prepare` refuses what makes it another run.
+
+    The rule's are refused here: changed, they might not even make a rule.
+    """
     values = saved.to_json()
-    if rule != saved.rule.name:
-        raise ValueError(f"rule={rule}: the run to resume was started with rule={saved.rule.name}; name that rule.")
-    if "steps" in arguments:
-        values["epochs"] = None
-    for name, value in arguments.items():
-        if name in _rule_fields():
-            values["rule"][name] = value
-        elif name != "rule":
-            values[name] = value
-    return Config.from_json(values)
+    rule, hyperparameters = _hyperparameters(arguments)
+    rest = _rest(arguments)
+    refuse_change("rule", saved.rule.name, rule.name, run)
+    for name, value in hyperparameters.items():
+        refuse_change(name, values["rule"][name], value, run)
+    if "out" in rest and Path(rest["out"]).resolve() != run.resolve():
+        raise ValueError(f"out={rest['out']}: a resumed run goes on in its own folder {run}; leave --out out.")
+    if "steps" in rest or "epochs" in rest:
+        rest = {"steps": None, "epochs": None} | rest
+    return Config.from_json(values | rest | {"out": str(run)})
+
+
+# What argparse says, in our words
+
+
+def _complain(sentence: str) -> None:
+    print(f"easgd-local: error: {sentence}", file=sys.stderr)
+
+
+def _sentence(message: str, parser: argparse.ArgumentParser) -> str:
+    """The complaint of argparse, with a remedy."""
+    see, (name, what, value) = f"see {parser.prog} --help", _parts(message)
+    match what:
+        case "unrecognized arguments":
+            return f"{_unrecognized(value.split(), parser)}; {see}."
+        case "the following arguments are required":
+            missing = next(action for action in parser._actions if action.metavar == value)
+            choices = f"one of {', '.join(missing.choices)}" if missing.choices else missing.help
+            return f"{value} is missing: give {choices}; {see}."
+        case "expected one argument":
+            return f"{name}: a value must follow; one that begins with a minus is written {name}=VALUE."
+        case "invalid choice":
+            wrong = value.partition(" (choose")[0].strip("'")
+            known = next(action.choices for action in parser._actions if action.metavar == name)
+            return f"{name}={wrong}: must be one of {', '.join(known or ())}; {see}."
+    if what.startswith("ignored explicit argument"):
+        return f"{name}: takes no value; write {name} alone."
+    return message.removeprefix("argument ")
+
+
+def _parts(message: str) -> tuple[str, str, str]:
+    """(flag, complaint, value) of a message like "argument --lr: expected one argument"; "" for what is absent."""
+    _, name, rest = re.split(r"^(?:argument ([^:]+): )?", message, maxsplit=1)
+    what, _, value = rest.partition(": ")
+    return name or "", what, value
+
+
+def _unrecognized(words: list[str], parser: argparse.ArgumentParser) -> str:
+    flag = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+    if flag is None:
+        return f"{' '.join(words)}: not understood, as values follow their flag and there is one RULE; leave it out"
+    word, known = flag.lstrip("-"), [one.lstrip("-") for action in parser._actions for one in action.option_strings]
+    near = [one for one in known if one.startswith(word)] or get_close_matches(word, known, n=1)
+    return f"{flag}: there is no such flag{f', did you mean --{near[0]}' if near else ''}"
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(
+        prog, max_help_position=32, width=max(60, min(100, shutil.get_terminal_size().columns))
+    )
+
+
+# Flags from fields
+
+
+def _names(rule: type[Rule]) -> list[str]:
+    return [one.name for one in fields(rule)]
 
 
 def _rule_fields() -> dict[str, Any]:
@@ -126,21 +230,43 @@ def _add_rule_flags(group: Any) -> None:
     hints = {name: hint for rule in RULES.values() for name, hint in get_type_hints(rule).items()}
     for name, one in _rule_fields().items():
         defaults = {rule: _default(rule_class(rule), name) for rule in RULES}
-        group.add_argument(_flag(name), type=_parser_of(hints[name]), metavar=name.upper(), help=_help(one, defaults))
+        _add_flag(group, name, plain_type(hints[name]), _help(one, defaults))
 
 
 def _add_config_flags(group: Any) -> None:
     hints = get_type_hints(Config)
     for one in fields(Config):
+        kind, text = plain_type(hints[one.name]), _help(one, {"": one.default})
         if one.name in NOT_FLAGS:
             continue
-        if hints[one.name] is bool:
-            group.add_argument(_flag(one.name), action="store_true", help=one.metadata["help"])
+        if kind is bool:
+            group.add_argument(_flag(one.name), action="store_true", help=text)
         else:
-            group.add_argument(
-                _flag(one.name), type=_parser_of(hints[one.name]), help=_help(one, {"": one.default}),
-                choices=CHOICES.get(one.name), metavar=None if one.name in CHOICES else one.name.upper(),
-            )  # fmt: skip
+            _add_flag(group, one.name, kind, text)
+
+
+def _add_flag(group: Any, name: str, kind: type, help: str) -> None:
+    """A flag with a value. Whether the value is allowed is for the configuration to say."""
+    word = "FOLDER" if name in FOLDERS else {int: "N", float: "X"}.get(kind, "NAME")
+    metavar = f"{{{','.join(CHOICES[name])}}}" if name in CHOICES else word
+    group.add_argument(_flag(name), type=PARSERS.get(kind, str), metavar=metavar, help=help)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write it in digits, such as 10.") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write it like 0.05 or 5e-2.") from None
+
+
+PARSERS = {int: _whole, float: _number}
 
 
 def _flag(name: str) -> str:
@@ -153,17 +279,11 @@ def _default(rule: type, name: str) -> Any:
 
 def _help(one: Any, defaults: dict[str, Any]) -> str:
     """The field's sentence, and its default where the sentence does not say it: one, or one for each rule."""
-    text = one.metadata["help"].replace("%", "%%")
-    known = {owner: value for owner, value in defaults.items() if value not in (None, MISSING)}
+    text = one.metadata.get("help", "").replace("%", "%%")
+    silent = (None, False, MISSING)
+    known = {owner: value for owner, value in defaults.items() if not any(value is one for one in silent)}
     if not known or "default" in text:
         return text
     if len(set(known.values())) == 1:
         return f"{text} (default {next(iter(known.values()))})"
     return f"{text} (default {', '.join(f'{owner} {value}' for owner, value in known.items())})"
-
-
-def _parser_of(hint: Any) -> Any:
-    """What turns the word on the command line into the field's type: int, float or str."""
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(one for one in get_args(hint) if one is not type(None))
-    return hint if hint in (int, float) else str

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from easgd_local.faults import Fault
 from easgd_local.rules import rule_class
-from easgd_local.rules.base import Rule
+from easgd_local.rules.base import Rule, make_plain
 
 WORKERS = 4  # the paper's node
+MAX_STEPS = 10**12  # more than anybody makes, and turn numbers stay far below 2^62
 
 # Fields that may differ between a run and its continuation: none of them changes what is computed up to the old end.
-RESUMABLE = frozenset({"steps", "workers", "eval_every", "checkpoint_every", "on_failure", "out", "tensorboard"})
+RESUMABLE = frozenset(
+    {"steps", "epochs", "workers", "eval_every", "checkpoint_every", "keep", "on_failure", "out", "tensorboard"}
+)
 
 
 def flag(default: Any, help: str) -> Any:
@@ -33,7 +37,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where the workers compute")
     data: str = flag("digits", "data set: digits, cifar10, imagefolder, synthetic")
     data_dir: str | None = flag(
-        None, "folder of the data set (cifar10: where it is kept; imagefolder: train/ and test/)"
+        None, "folder of the data set (imagefolder: train/ and test/; cifar10: default ~/.cache/easgd_local/cifar10)"
     )
     image_size: int | None = flag(None, "imagefolder: side to which pictures are brought; default their own, else 256")
     memory_budget: float | None = flag(
@@ -57,10 +61,10 @@ class Config:
         "average",
         "BatchNorm statistics of the center: exchanged like parameters, or computed anew on training samples",
     )
-    block_bytes: int = flag(4 << 20, "size of the center's blocks; small models have smaller ones")
+    block_bytes: int = flag(4 << 20, "size of the center's blocks in bytes; small models have smaller ones")
     threads: int | None = flag(None, "threads of each worker; default cores / workers")
-    eval_every: int | None = flag(None, "steps between evaluations of the center; 0 never; default steps / 20")
-    eval_samples: int = flag(10_000, "training samples used for the center's training loss")
+    eval_every: int | None = flag(None, "steps between evaluations of the center; 0 never; default steps / 10")
+    eval_samples: int = flag(2000, "training samples used for the center's training loss")
     checkpoint_every: int = flag(0, "steps between checkpoints; 0 only when interrupted")
     keep: int = flag(3, "checkpoints to keep")
     out: str | None = flag(None, "run folder; default runs/<time>-<rule>")
@@ -69,6 +73,9 @@ class Config:
     faults: tuple[Fault, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):
+            raise ValueError(f"rule={self.rule!r}: must be a rule with its hyperparameters, such as EASGD(tau=10).")
+        make_plain(self)
         if self.workers is None:
             object.__setattr__(self, "workers", 1 if self.rule.sequential else WORKERS)
         if self.steps is None and self.epochs is None:
@@ -81,6 +88,8 @@ class Config:
             )
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs}: both fix the length of the run; give one.")
+        assert self.workers is not None
+        self.rule.derived(self.workers)  # says so where α would leave [0, 1]
 
     def _check_counts(self) -> None:
         least = {"workers": 1, "steps": 1, "batch_size": 1, "eval_samples": 1, "keep": 1, "threads": 1, "image_size": 8,
@@ -92,12 +101,16 @@ class Config:
                 raise ValueError(f"{name}={value}: must be at least {limit}; choose a larger value.")
         if self.workers is not None and self.workers > 64:
             raise ValueError(f"workers={self.workers}: one machine runs at most 64; start with one per GPU or core.")
+        if self.steps is not None and self.steps > MAX_STEPS:
+            raise ValueError(f"steps={self.steps}: must be at most 10^12; choose a smaller value.")
+        if self.threads is not None and self.threads > 1024:
+            raise ValueError(f"threads={self.threads}: must be at most 1024; leave it out for cores / workers.")
         for name in ("epochs", "memory_budget"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value}: must be a positive number; choose a larger value.")
+                raise ValueError(f"{name}={value}: must be positive and finite; leave it out for the default.")
         if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0; 0 switches it off.")
+            raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0 and finite; 0 switches it off.")
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed}: must be below 2^63; choose a smaller one.")
 
@@ -147,3 +160,14 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
         if pair[0] != pair[1]:
             found["rule" if name == "name" else name] = pair
     return found
+
+
+def refuse_change(name: str, old: Any, new: Any, run: Path) -> None:
+    """`ValueError` unless the run to resume has the same value."""
+    if old != new:
+        began = f"without {name}" if old is None else f"with {name}={old}"
+        remedy = f"name {old}" if name == "rule" else f"leave --{name.replace('_', '-')} out"
+        raise ValueError(
+            f"{name}={new}: the run in {run} was started {began}, and a resumed run stays what it was; {remedy}, or "
+            f"start a new run."
+        )

@@ -20,7 +20,7 @@ from easgd_local.flat import Flat
 from easgd_local.gradient import autocast
 from easgd_local.worker import Plan
 
-BATCH = 500
+BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,21 @@ def evaluate(model: nn.Module, dataset: Dataset, *, samples: int, precision: str
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, dataset: Dataset, *, samples: int) -> None:
-    """Replaces the running statistics of every BatchNorm by those of `samples` training samples."""
+    """Replaces the running statistics of every BatchNorm by the mean of those of batches of training samples.
+
+    As torch.optim.swa_utils.update_bn does, but without dropout, and each batch is spread over the whole set, since
+    folders of pictures come class by class and a batch of one class varies too little.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches to come
-    model.train()
-    for images, _ in dataset.train.stream(_batches(evenly_spaced(len(dataset.train), samples))):
+        norm.train()
+    indices = evenly_spaced(len(dataset.train), samples)
+    batches = -(-len(indices) // BATCH)
+    for images, _ in dataset.train.stream(indices[first::batches] for first in range(batches)):
         model(torch.from_numpy(data.prepare(images, dataset)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

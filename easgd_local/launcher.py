@@ -143,7 +143,7 @@ class Launcher:
 
 def _drain(one: Child) -> list[Message]:
     messages = []
-    with contextlib.suppress(EOFError, ConnectionError):
+    with contextlib.suppress(EOFError, OSError):  # it died, perhaps in the middle of a word
         while one.conn.poll():
             message = one.conn.recv()
             one.said.add(message[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -13,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from easgd_local import checkpoint, data, hardware, models
 from easgd_local.center import Center, Layout
-from easgd_local.config import Config, differences
+from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
 from easgd_local.data import Dataset
 from easgd_local.flat import Flat
 from easgd_local.schedules import Calendar
 from easgd_local.worker import Plan, Start
 
-CURVE_POINTS = 20  # evaluations of a run that does not say how often
+CURVE_POINTS = 10  # evaluations of a run that does not say how often
 REPORTS = 100  # of each worker
 
 
@@ -64,38 +66,66 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
     """Loads the data, builds the model and the center, and claims the run folder last.
 
     With `resume`, a run folder, the center and the workers' states come from its newest checkpoint and `config` must
-    agree with that run's. Raises `ValueError` or `MemoryError` with one sentence; nothing is left behind then.
+    agree with that run's; its config.json then says what holds from here on. Raises `ValueError` or `MemoryError` with
+    one sentence; nothing is left behind then.
     """
     _check_device(config.device)
-    manifest = None if resume is None else _checked_checkpoint(config, resume)
-    budget = None if config.memory_budget is None else int(config.memory_budget * 2**30)
-    dataset = data.load(
-        config.data, config.data_dir, memory_budget_bytes=budget, size=config.image_size, seed=config.seed
-    )
-    plan, warnings = _plan(config, dataset)
-    plan.sampler(0, len(dataset.train))  # says so when there are too few samples
-    torch.manual_seed(config.seed)
-    model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
-    models.check(model, plan.shape)
-    flat = Flat(model)
-    plan = replace(plan, layout=replace(plan.layout, n=flat.n))
+    _check_tensorboard(config)
     with contextlib.ExitStack() as undo:
+        lock_fd = -1 if resume is None else _locked(resume, undo)  # first: a run in progress moves its checkpoints
+        manifest = None if resume is None else _checked_checkpoint(config, resume)
+        dataset = _load(config)
+        plan, warnings = _plan(config, dataset)
+        if resume is not None and manifest is not None:
+            _check_work_left(config, plan.calendar.steps, manifest.t, resume)
+        plan.sampler(0, len(dataset.train))  # says so when there are too few samples
+        flat = Flat(_model(plan))
+        plan = replace(plan, layout=replace(plan.layout, n=flat.n))
         center = undo.enter_context(Center.create(plan.layout))
         data_fd, description = data.to_memfd(dataset)
         if data_fd is not None:
             undo.callback(os.close, data_fd)
-        if manifest is None:
+        if manifest is None or resume is None:
             center.vectors["c"][:] = flat.values()
             starts, t, seconds = {rank: Start() for rank in range(plan.layout.workers)}, 0, 0.0
+            plan = replace(plan, folder=_claim_folder(config))
+            lock_fd = _locked(plan.folder, undo)
         else:
-            assert resume is not None
             starts = _restore(center, plan, manifest, checkpoint.steps(resume)[-1], warnings)
             t, seconds = manifest.t, manifest.seconds
+            plan = replace(plan, folder=resume)
+            _write_config(resume, config)
         _set_turns(center, plan.calendar.rounds_before(t))
-        plan = replace(plan, folder=resume or _claim_folder(config))
-        lock_fd = _lock(plan.folder)
         undo.pop_all()
     return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings, lock_fd)
+
+
+def _load(config: Config) -> Dataset:
+    budget = None if config.memory_budget is None else int(config.memory_budget * 2**30)
+    try:
+        return data.load(
+            config.data, config.data_dir, memory_budget_bytes=budget, size=config.image_size, seed=config.seed
+        )
+    except OSError as error:
+        raise ValueError(
+            f"data_dir={config.data_dir}: cannot be read ({error.strerror}: {error.filename}); give a folder that you "
+            f"may read."
+        ) from error
+
+
+def _model(plan: Plan) -> nn.Module:
+    torch.manual_seed(plan.seed)
+    try:
+        model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
+        models.check(model, plan.shape)
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        raise MemoryError(
+            f"model={plan.model}: there is no memory for one on pictures of {plan.shape}; choose a smaller model or "
+            f"smaller pictures, or free some memory."
+        ) from error
+    return model
 
 
 def saved_config(folder: Path) -> Config:
@@ -103,10 +133,23 @@ def saved_config(folder: Path) -> Config:
     path = folder / "config.json"
     try:
         return Config.from_json(json.loads(path.read_text())["config"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except OSError as error:
         raise ValueError(
-            f"resume={folder}: no run (its config.json is missing or damaged); name the folder of an earlier run."
+            f"resume={folder}: no run is there ({path.name}: {error.strerror}); name the folder of an earlier run."
         ) from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"resume={folder}: its {path.name} is damaged or was written by another version ({type(error).__name__}: "
+            f"{error}); restore it, or start a new run."
+        ) from error
+
+
+def _check_tensorboard(config: Config) -> None:
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "tensorboard=True: the package tensorboard is not installed; pip install 'easgd_local[tensorboard]', or "
+            "leave --tensorboard out."
+        )
 
 
 def _check_device(device: str) -> None:
@@ -124,7 +167,10 @@ def _plan(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
     steps = config.steps
     if steps is None:
         assert config.epochs is not None
-        steps = math.ceil(config.epochs * len(dataset.train) / (config.batch_size * workers))
+        needed = config.epochs * len(dataset.train) / (config.batch_size * workers)
+        if needed > MAX_STEPS:
+            raise ValueError(f"epochs={config.epochs}: that is more than 10^12 steps; choose a smaller value.")
+        steps = math.ceil(needed)
     evaluate_every = max(1, steps // CURVE_POINTS) if config.eval_every is None else config.eval_every
     warnings = config.rule.warnings(workers)
     cores = hardware.cores()
@@ -158,23 +204,23 @@ def _plan(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
 def _checked_checkpoint(config: Config, run: Path) -> checkpoint.Manifest:
     """The newest checkpoint of the run to resume, verified; `ValueError` if `config` is that of another run."""
     for name, (old, new) in differences(saved_config(run), config).items():
-        raise ValueError(
-            f"{name}={new}: the run in {run} was started with {name}={old}, and a resumed run keeps its "
-            f"hyperparameters; leave the flag out, or start a new run."
-        )
+        refuse_change(name, old, new, run)
     complete = checkpoint.steps(run)
     if not complete:
         raise ValueError(
             f"resume={run}: this run has no checkpoint (an interrupted run writes one); start it again, and give "
             f"--checkpoint-every to have some."
         )
-    manifest = checkpoint.read(complete[-1])
-    if config.steps is not None and config.steps <= manifest.t:
+    return checkpoint.read(complete[-1])
+
+
+def _check_work_left(config: Config, steps: int, t: int, run: Path) -> None:
+    name = "steps" if config.epochs is None else "epochs"
+    if steps <= t:
         raise ValueError(
-            f"steps={config.steps}: the run in {run} has its newest checkpoint at step {manifest.t}, so nothing is "
-            f"left to do; give more --steps."
+            f"{name}={getattr(config, name)}: the run in {run} has its newest checkpoint at step {t}, so nothing is "
+            f"left to do; give more --{name}."
         )
-    return manifest
 
 
 def _restore(
@@ -208,46 +254,80 @@ def _set_turns(center: Center, rounds: int) -> None:
 
 
 def _claim_folder(config: Config) -> Path:
-    """Creates the run folder; `ValueError` if it holds something already."""
-    if config.out is not None:
-        folder = Path(config.out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(
-                f"out={folder}: exists already and is not an empty folder; choose another, or continue the run in it "
-                f"with --resume {folder}."
-            )
-        try:
-            (folder / "logs").mkdir(parents=True)
-        except OSError as error:
-            raise ValueError(
-                f"out={folder}: cannot be created ({error.strerror}); choose a place you may write to."
-            ) from error
-    else:
-        folder = _new_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.rule.name}")
+    """Creates the run folder, complete or not at all; `ValueError` if that cannot be."""
+    folder = Path("runs" if config.out is None else config.out)
+    try:
+        with contextlib.ExitStack() as undo:
+            if config.out is None:
+                folder = _new_name(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.rule.name}", undo)
+            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ValueError(
+                    f"out={folder}: exists already and is not an empty folder; choose another, or continue the run in "
+                    f"it with --resume {folder}."
+                )
+            _make(folder / "logs", undo)
+            _write_config(folder, config)
+            undo.pop_all()
+    except OSError as error:
+        where = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
+        raise ValueError(
+            f"out={folder}: cannot be created ({where}{error.strerror}); choose with --out a place that you "
+            f"may write to."
+        ) from error
+    return folder
+
+
+def _new_name(parent: Path, name: str, undo: contextlib.ExitStack) -> Path:
+    """A folder of its own in `parent`, also when several runs begin in the same second."""
+    _make(parent, undo)
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):
+            (parent / (name + suffix)).mkdir()
+            undo.callback((parent / (name + suffix)).rmdir)
+            return parent / (name + suffix)
+    raise ValueError(f"out={parent / name}: a thousand runs of this name exist already; choose another with --out.")
+
+
+def _make(folder: Path, undo: contextlib.ExitStack) -> None:
+    for one in (*reversed(folder.parents), folder):
+        if not one.is_dir():
+            one.mkdir()
+            undo.callback(one.rmdir)
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    """Writes config.json: the whole of it, or it stays as it was; `ValueError` where one may not write."""
     text = {
         "config": config.to_json(),
         "versions": hardware.versions(),
         "hardware": hardware.describe(),
     }
-    (folder / "config.json").write_text(json.dumps(text, indent=1) + "\n")
-    return folder
+    fresh = folder / ".config.json"
+    try:
+        fresh.write_text(json.dumps(text, indent=1) + "\n")
+        fresh.replace(folder / "config.json")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise ValueError(
+            f"{folder}: cannot be written to ({error.strerror}); make room, or choose a place that you may write to."
+        ) from error
 
 
-def _lock(folder: Path) -> int:
+def _locked(folder: Path, undo: contextlib.ExitStack) -> int:
     """Holds the run folder against a second process; the lock goes with the descriptor, also when we are killed."""
-    fd = os.open(folder / "config.json", os.O_RDONLY)
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ValueError(
+            f"resume={folder}: no such run ({error.strerror}); name the folder of an earlier run."
+        ) from error
+    undo.callback(os.close, fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise ValueError(f"resume={folder}: this run is still in progress; wait for its end.") from error
+    except BlockingIOError as error:
+        raise ValueError(
+            f"resume={folder}: this run is still in progress; wait for its end, or stop it (Ctrl-C writes a "
+            f"checkpoint)."
+        ) from error
     return fd
-
-
-def _new_name(parent: Path, name: str) -> Path:
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-        with contextlib.suppress(FileExistsError):
-            (parent / (name + suffix)).mkdir(parents=True)
-            (parent / (name + suffix) / "logs").mkdir()
-            return parent / (name + suffix)
-    raise ValueError(f"out={parent / name}: a thousand runs of this name exist already; choose another with --out.")

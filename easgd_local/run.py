@@ -117,6 +117,7 @@ class Run:
         """Until no worker is left, or an interrupt that will not wait for them."""
         while self._workers and self._interrupts < 2:
             self._step(BUSY_S if self._due or self._stop_reason else IDLE_S)
+            assert self._referee.is_alive(), "the referee died: nobody passes the turns of the dead any more"
             if self._interrupts and not self._stop_reason:
                 self._stop_reason = "interrupted"
             if not (self._asked or self._due or self._stop_reason):
@@ -322,7 +323,7 @@ class Run:
             center.stop[0] = self._stop_t + 1
         else:  # everybody holds between two steps and stops right there
             clocks = [center.clock[rank] for rank in ranks] or [self._calendar.steps]
-            self._stop_t = sum(clocks) // len(clocks)
+            self._stop_t = max(sum(clocks) // len(clocks), center.save[0])  # a label that no checkpoint has yet
             center.save[0] = self._stop_t + 1
             center.stop[0] = 1
         self._event("stop", t=self._stop_t, reason=self._stop_reason)

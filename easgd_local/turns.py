@@ -52,13 +52,16 @@ def pass_turns(turn: Words, gone: dict[int, int], workers: int, blocks: int) -> 
     """The turns to pass now in place of workers that are gone: pairs (block, turn number), in the order to pass them.
 
     `gone[i] = k` means that worker i makes none of its visits before its k-th exchange. A dead or finished worker
-    writes nothing, so the launcher is the only writer of these turn words. At most p turns of a block at a time, since
-    with everybody gone there is nobody left to pass them for.
+    writes nothing, so the launcher is the only writer of these turn words. At most p turns of a block at a time; with
+    everybody gone, only those of the round that has begun, since there is nobody left to pass others for.
     """
     passed = []
+    newest = max(turn[b] for b in range(blocks))
+    somebody_comes = min(gone.get(i, 0) for i in range(workers)) <= newest // workers + 1
+    end = newest + workers if somebody_comes else -(-newest // workers) * workers
     for b in range(blocks):
         now = turn[b]
-        for s in range(now, now + workers):
+        for s in range(now, min(now + workers, end)):
             if s // workers >= gone.get(owner(b, s, workers, blocks), 0):
                 break
             passed.append((b, s))
@@ -168,10 +171,10 @@ class FreeTurns(_Waiting):
         super().__init__(center, rank, lambda: None)  # grants go on during a pause: the worker holds at its boundary
         self.round = center.request[rank]
         self._walk = walk(rank, self.workers, self.blocks)
-        for place in range(
-            rank * self.blocks, (rank + 1) * self.blocks
-        ):  # what a predecessor of this rank died holding
-            center.done[place] = center.grant[place]
+        # 1. A predecessor of this rank asked for an exchange, 2. it died, 3. its request is granted to us, who never
+        # give back what we do not take: hence all of the request is done.
+        for place in range(rank * self.blocks, (rank + 1) * self.blocks):
+            center.done[place] = self.round
 
     def visit(self) -> Iterator[slice]:
         """One exchange: yields the blocks as they are granted, holding each during its pass of the caller's loop."""

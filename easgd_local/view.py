@@ -317,6 +317,9 @@ def summary_table(summary: dict[str, Any], folder: str | Path | None = None) -> 
     if summary.get("center_sha256"):
         parts.append(Text(f"center_sha256 {summary['center_sha256']}", overflow="fold"))
     if folder is not None:
+        if summary.get("status") == "interrupted":
+            go_on = f"easgd-local train {summary.get('rule')} --resume {folder}"
+            parts.append(Text(f"{'go on with':<11} {go_on}", overflow="fold"))
         parts.append(Text(f"curves      {Path(folder) / 'curves.png'}", overflow="fold"))
         parts.append(Text(f"run folder  {folder}", overflow="fold"))
     return Group(*parts)

@@ -46,7 +46,13 @@ class AtomicWords:
     ACQUIRE, RELEASE = 2, 3
 
     def __init__(self, memory: mmap.mmap, offset_bytes: int, count: int) -> None:
-        library = ctypes.CDLL("libatomic.so.1")
+        try:
+            library = ctypes.CDLL("libatomic.so.1")
+        except OSError as error:
+            raise OSError(
+                f"libatomic.so.1 is missing, and this processor ({platform.machine()}) needs it to keep the order of "
+                f"loads and stores; install libatomic1 (Debian, Ubuntu) or libatomic (Fedora)."
+            ) from error
         self._load, self._store = library.__getattr__("__atomic_load_8"), library.__getattr__("__atomic_store_8")
         self._load.restype = ctypes.c_uint64
         self._load.argtypes = (ctypes.c_void_p, ctypes.c_int)
@@ -59,15 +65,15 @@ class AtomicWords:
         return int(self._load(self._address(index), self.ACQUIRE))
 
     def __setitem__(self, index: int, value: int) -> None:
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{value} does not fit into a word of 64 bits")
         self._store(self._address(index), value, self.RELEASE)
 
     def __len__(self) -> int:
         return self._count
 
     def _address(self, index: int) -> int:
-        if not 0 <= index < self._count:
-            raise IndexError(f"word {index} of {self._count}")
-        return self._base + index * LINE_BYTES
+        return self._base + range(self._count)[index] * LINE_BYTES
 
 
 def words(memory: mmap.mmap, offset_bytes: int, count: int) -> Words:

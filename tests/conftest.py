@@ -26,13 +26,17 @@ def children(pid: int | None = None) -> list[psutil.Process]:
     for process in psutil.Process(pid or os.getpid()).children(recursive=True):
         try:
             # The fork server's children keep its command line; being its child tells them apart.
-            helper = any(name in " ".join(process.cmdline()) for name in HELPERS)
-            inherits = any(name in " ".join(process.parent().cmdline()) for name in HELPERS) if process.parent() else False
-            if (not helper or inherits) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+            parent = process.parent()
+            if (is_helper(process) and not (parent and is_helper(parent))) or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
+
+
+def is_helper(process: psutil.Process) -> bool:
+    return any(name in " ".join(process.cmdline()) for name in HELPERS)
 
 
 def descriptors() -> set[str]:
@@ -72,7 +76,8 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     count = iter(range(1000))
 
     def start(*, resume: str | None = None, **values: Any) -> dict[str, Any]:
-        values = {"rule": EAMSGD(tau=3), "workers": 2, "steps": 40, "batch_size": 8, "eval_every": 0, "threads": 1} | values
+        usual = {"rule": EAMSGD(tau=3), "workers": 2, "steps": 40, "batch_size": 8, "eval_every": 0, "threads": 1}
+        values = usual | values
         if resume is None:
             values.setdefault("out", str(tmp_path / f"run-{next(count)}"))
         else:

@@ -39,8 +39,8 @@ def easgd(
 
 
 def eamsgd(
-    x: list[Vector], v: list[Vector], c: Vector, gradient: Gradient, *, eta: float, alpha: float, delta: float, tau: int,
-    steps: range, order: Order,
+    x: list[Vector], v: list[Vector], c: Vector, gradient: Gradient, *,
+    eta: float, alpha: float, delta: float, tau: int, steps: range, order: Order,
 ) -> None:  # fmt: skip
     """Asynchronous EAMSGD: Zhang et al. 2015, Algorithm 2 (arXiv:1412.6651). Changes x, v and c in place."""
     eta, alpha, delta = (c.dtype.type(value) for value in (eta, alpha, delta))

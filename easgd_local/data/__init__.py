@@ -10,6 +10,8 @@ for images, labels in dataset.train.stream(order(sampler, t)):
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from easgd_local import hardware
 from easgd_local.data.augment import cut, prepare
 from easgd_local.data.dataset import Dataset, MemorySplit, Split
@@ -57,11 +59,20 @@ def load(
     size: side of a stored picture of an image folder; None: see load_imagefolder.  seed: of the synthetic pictures.
     """
     if name not in NAMES:
+        near = get_close_matches(name, NAMES, n=1)
         raise ValueError(
-            f"data {name!r} is not known: it must be one of {', '.join(NAMES)}; for your own pictures use imagefolder."
+            f"data {name!r} is not known{f', did you mean {near[0]!r}' if near else ''}: it must be one of "
+            f"{', '.join(NAMES)}; for your own pictures use imagefolder."
         )
     if size is not None and name != "imagefolder":
-        raise ValueError(f"size={size}: the pictures of {name} have a fixed size; give a size only with imagefolder.")
+        raise ValueError(
+            f"image_size={size}: the pictures of {name} have a fixed size; give a size only with imagefolder."
+        )
+    if memory_budget_bytes is not None and name != "imagefolder":
+        raise ValueError(
+            f"memory_budget={memory_budget_bytes / 2**30:g} (GiB): {name} is always held in memory; give a budget only "
+            f"with imagefolder."
+        )
     if data_dir is not None and name in ("digits", "synthetic"):
         raise ValueError(f"data_dir={data_dir}: {name} is read from no folder; leave data_dir out, or use imagefolder.")
     if name == "digits":

@@ -33,7 +33,7 @@ def load_imagefolder(data_dir: str | None, *, size: int | None, memory_budget_by
     train_files, test_files = _files(train_dir, classes), _files(test_dir, classes)
     side = _own_side(train_files) if size is None else size
     if side < 8:
-        raise ValueError(f"size={side}: a stored picture needs at least 8 x 8 pixels; use a larger size.")
+        raise ValueError(f"image_size={side}: a stored picture needs at least 8 x 8 pixels; use a larger size.")
     train, test = _split(train_dir, train_files, side), _split(test_dir, test_files, side)
     crop = round(side * CROP_RATIO) // 2 * 2
     if (len(train) + len(test)) * 3 * side * side <= memory_budget_bytes:

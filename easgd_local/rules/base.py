@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from os import PathLike
+from typing import Any, ClassVar, Protocol, get_args, get_type_hints
 
 from easgd_local.backend.cpu import CpuOps, Vector
 
@@ -55,8 +57,9 @@ class Rule:
     lr: float = hyperparameter(0.05, "step size η")
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr={self.lr}: the step size must be a positive number; try 0.05.")
+            raise ValueError(f"lr={self.lr}: the step size must be positive and finite; try 0.05.")
 
     @property
     def period(self) -> int:
@@ -79,4 +82,33 @@ class Rule:
 def check_momentum(momentum: float) -> None:
     """`ValueError` unless 0 ≤ δ < 1."""
     if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum}: δ must be at least 0 and below 1, or velocities grow without bound.")
+        raise ValueError(
+            f"momentum={momentum}: δ must be at least 0 and below 1, or velocities grow without bound; try 0.9."
+        )
+
+
+PLAIN: dict[Any, tuple[Any, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: ((str, PathLike), "a word"),
+}
+
+
+def plain_type(hint: Any) -> Any:
+    """int, float, bool or str: what a field with this annotation holds when it is not None."""
+    kinds = get_args(hint) or (hint,)
+    return next((one for one in (bool, int, float) if one in kinds), str)
+
+
+def make_plain(values: Any) -> None:
+    """Makes the values of a frozen dataclass Python's own int, float and str; `ValueError` for what is none."""
+    hints = get_type_hints(type(values))
+    for one in fields(values):
+        kinds, value = get_args(hints[one.name]) or (hints[one.name],), getattr(values, one.name)
+        kind = next((kind for kind in PLAIN if kind in kinds), None)
+        if kind is None or (value is None and type(None) in kinds):
+            continue
+        allowed, wanted = PLAIN[kind]
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            raise ValueError(f"{one.name}={value!r}: must be {wanted}, not {type(value).__name__}; write it as one.")
+        object.__setattr__(values, one.name, kind(value))

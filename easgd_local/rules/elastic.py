@@ -17,11 +17,11 @@ class Elastic(Rule):
     """
 
     tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
-    alpha: float | None = hyperparameter(None, "moving rate α")
+    alpha: float | None = hyperparameter(None, "moving rate α; default β/p")
     beta: float | None = hyperparameter(
         None, f"β = pα; the default {BETA} holds when none of alpha, beta, rho is given"
     )
-    rho: float | None = hyperparameter(None, "elasticity ρ = α/η")
+    rho: float | None = hyperparameter(None, "elasticity ρ = α/η, instead of alpha or beta")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,7 +35,9 @@ class Elastic(Rule):
             names = " and ".join(f"{name}={value}" for name, value in given.items())
             raise ValueError(f"{names}: each of them fixes the moving rate, so give only one (α = β/p = ηρ).")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha}: the moving rate must lie in [0, 1]; the default is 0.9/workers.")
+            raise ValueError(
+                f"alpha={self.alpha}: the moving rate must lie in [0, 1]; leave it out for the default {BETA}/workers."
+            )
         for name in ("beta", "rho"):
             if name in given and not 0 <= given[name] < float("inf"):
                 raise ValueError(f"{name}={given[name]}: must be at least 0 (and finite); the default is beta={BETA}.")
@@ -53,12 +55,12 @@ class Elastic(Rule):
         if self.alpha is not None:
             return self.alpha
         if self.rho is not None:
-            alpha, how = self.lr * self.rho, f"rho={self.rho}: α = ηρ"
+            alpha, how, most = self.lr * self.rho, f"rho={self.rho}: α = ηρ", f"rho at most 1/lr = {1 / self.lr:g}"
         else:
             beta = BETA if self.beta is None else self.beta
-            alpha, how = beta / workers, f"beta={beta}: α = β/p"
+            alpha, how, most = beta / workers, f"beta={beta}: α = β/p", f"beta at most p = {workers}"
         if alpha > 1:
-            raise ValueError(f"{how} = {alpha:.4g}, but the moving rate must lie in [0, 1]; choose a smaller value.")
+            raise ValueError(f"{how} = {alpha:.4g}, but the moving rate must lie in [0, 1]; choose {most}.")
         return alpha
 
     def warnings(self, workers: int) -> list[str]:
