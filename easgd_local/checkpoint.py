@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,8 @@ _NAME = re.compile(r"step-\d+")  # a copy kept beside it under a longer name is 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds. `clocks[rank]` is the clock of a saved worker; workers that were gone are absent."""
+    """What a checkpoint holds. `clocks[rank]` is the clock of a saved worker; workers that were gone are absent.
+    `config` is the configuration that the states in it belong to."""
 
     t: int
     workers: int
@@ -40,6 +42,7 @@ class Manifest:
     seconds: float
     clocks: dict[int, int]
     files: dict[str, str]
+    config: dict[str, Any]
 
 
 def partial_folder(run: Path, t: int) -> Path:
@@ -90,8 +93,8 @@ class Assembly:
     `keep` complete checkpoints stay.
     """
 
-    def __init__(self, run: Path, *, workers: int, n: int, keep: int) -> None:
-        self._run, self._workers, self._n, self._keep = run, workers, n, keep
+    def __init__(self, run: Path, *, config: dict[str, Any], workers: int, n: int, keep: int) -> None:
+        self._run, self._config, self._workers, self._n, self._keep = run, config, workers, n, keep
         self._centers: dict[int, Vectors] = {}
         self._saved: dict[int, dict[int, tuple[int, str, str]]] = {}
 
@@ -112,7 +115,8 @@ class Assembly:
         files = {name: digest for _, name, digest in saved.values()}
         files["center.safetensors"] = save_vectors(partial_folder(self._run, t), "center.safetensors", vectors)
         clocks = {rank: clock for rank, (clock, _, _) in saved.items()}
-        return commit(self._run, Manifest(t, self._workers, self._n, seconds, clocks, files), keep=self._keep)
+        manifest = Manifest(t, self._workers, self._n, seconds, clocks, files, self._config)
+        return commit(self._run, manifest, keep=self._keep)
 
 
 def steps(run: Path) -> list[Path]:

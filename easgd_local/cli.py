@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -87,19 +86,12 @@ def _train(arguments: dict[str, Any]) -> int:
     from rich.console import Console
 
     from easgd_local import view
-    from easgd_local.metrics import Listener
     from easgd_local.run import Run
 
     console = Console()
     with prepared:
-        with ExitStack() as stack, view.open_view(console) as live:
-            listeners: list[Listener] = [live]
-            if prepared.config.tensorboard:
-                from easgd_local.tensorboard import TensorBoard
-
-                resume_t = prepared.t if "resume" in arguments else None
-                listeners.append(stack.enter_context(TensorBoard(prepared.plan.folder, resume_t=resume_t)))
-            summary = Run(prepared, listeners).execute()
+        with view.open_view(console) as live:
+            summary = Run(prepared, [live]).execute()
         console.print(view.summary_table(summary, summary["folder"]))
     return EXIT_CODES[summary["status"]]
 
@@ -114,11 +106,13 @@ def _prepare(arguments: dict[str, Any]) -> Prepared:
     from easgd_local.launcher import warm_up
 
     warm_up()  # the fork server imports torch while we do
-    from easgd_local.prepare import prepare, saved_config
+    from easgd_local.prepare import prepare
+    from easgd_local.runfolder import saved_config
 
     if run is not None:
         config = _resumed(saved_config(run), run, given)
     assert config is not None
+    print(f"loading {config.data}", flush=True)
     return prepare(config, run)
 
 

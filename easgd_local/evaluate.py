@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -101,7 +102,8 @@ def main(conn: Connection, fds: list[int], plan: Plan, description: dict[str, An
     while conn.recv() is not None:
         np.copyto(copy, center.snapshot["c"])
         conn.send(("taken",))
+        began = time.perf_counter()
         if plan.buffers == "recalibrate":
             recalibrate(model, dataset, samples=plan.evaluation_samples)
         scores = evaluate(model, dataset, samples=plan.evaluation_samples, precision=plan.precision)
-        conn.send(("evaluated", scores, copy[flat.buffers].copy()))
+        conn.send(("evaluated", scores, copy[flat.buffers].copy(), time.perf_counter() - began))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
-import json
 import math
 import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from easgd_local.center import Center, Layout
 from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
 from easgd_local.data import Dataset
 from easgd_local.flat import Flat
+from easgd_local.runfolder import claim, lock, saved_config, write_config
 from easgd_local.schedules import Calendar
 from easgd_local.worker import Plan, Start
 
@@ -72,7 +70,7 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
     _check_device(config.device)
     _check_tensorboard(config)
     with contextlib.ExitStack() as undo:
-        lock_fd = -1 if resume is None else _locked(resume, undo)  # first: a run in progress moves its checkpoints
+        lock_fd = -1 if resume is None else lock(resume, undo)  # first: a run in progress moves its checkpoints
         manifest = None if resume is None else _checked_checkpoint(config, resume)
         dataset = _load(config)
         plan, warnings = _plan(config, dataset)
@@ -81,6 +79,7 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
         plan.sampler(0, len(dataset.train))  # says so when there are too few samples
         flat = Flat(_model(plan))
         plan = replace(plan, layout=replace(plan.layout, n=flat.n))
+        _check_room(plan)
         center = undo.enter_context(Center.create(plan.layout))
         data_fd, description = data.to_memfd(dataset)
         if data_fd is not None:
@@ -88,13 +87,13 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
         if manifest is None or resume is None:
             center.vectors["c"][:] = flat.values()
             starts, t, seconds = {rank: Start() for rank in range(plan.layout.workers)}, 0, 0.0
-            plan = replace(plan, folder=_claim_folder(config))
-            lock_fd = _locked(plan.folder, undo)
+            plan = replace(plan, folder=claim(config))
+            lock_fd = lock(plan.folder, undo)
         else:
             starts = _restore(center, plan, manifest, checkpoint.steps(resume)[-1], warnings)
             t, seconds = manifest.t, manifest.seconds
             plan = replace(plan, folder=resume)
-            _write_config(resume, config)
+            write_config(resume, config)
         _set_turns(center, plan.calendar.rounds_before(t))
         undo.pop_all()
     return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings, lock_fd)
@@ -126,22 +125,6 @@ def _model(plan: Plan) -> nn.Module:
             f"smaller pictures, or free some memory."
         ) from error
     return model
-
-
-def saved_config(folder: Path) -> Config:
-    """The configuration of an earlier run; `ValueError` if the folder holds none."""
-    path = folder / "config.json"
-    try:
-        return Config.from_json(json.loads(path.read_text())["config"])
-    except OSError as error:
-        raise ValueError(
-            f"resume={folder}: no run is there ({path.name}: {error.strerror}); name the folder of an earlier run."
-        ) from error
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(
-            f"resume={folder}: its {path.name} is damaged or was written by another version ({type(error).__name__}: "
-            f"{error}); restore it, or start a new run."
-        ) from error
 
 
 def _check_tensorboard(config: Config) -> None:
@@ -211,7 +194,13 @@ def _checked_checkpoint(config: Config, run: Path) -> checkpoint.Manifest:
             f"resume={run}: this run has no checkpoint (an interrupted run writes one); start it again, and give "
             f"--checkpoint-every to have some."
         )
-    return checkpoint.read(complete[-1])
+    manifest = checkpoint.read(complete[-1])
+    for name, (old, new) in differences(Config.from_json(manifest.config), config).items():
+        raise ValueError(
+            f"{run / 'config.json'}: says {name}={new}, but the checkpoint was written with {name}={old}; put the file "
+            f"back as it was, or start a new run."
+        )
+    return manifest
 
 
 def _check_work_left(config: Config, steps: int, t: int, run: Path) -> None:
@@ -220,6 +209,17 @@ def _check_work_left(config: Config, steps: int, t: int, run: Path) -> None:
         raise ValueError(
             f"{name}={getattr(config, name)}: the run in {run} has its newest checkpoint at step {t}, so nothing is "
             f"left to do; give more --{name}."
+        )
+
+
+def _check_room(plan: Plan) -> None:
+    rule, workers = plan.rule, plan.layout.workers
+    each = 4 * plan.layout.n * (2 + len(rule.local) + len(rule.scratch))  # x, g and the rule's own
+    needed, room = plan.layout.size_bytes + workers * each, hardware.available_bytes()
+    if needed > room:
+        raise MemoryError(
+            f"workers={workers}: the center and the vectors of the workers take {needed:,} bytes and only {room:,} are "
+            f"available; choose fewer workers or a smaller model, or free some memory."
         )
 
 
@@ -251,83 +251,3 @@ def _set_turns(center: Center, rounds: int) -> None:
     for b in range(center.layout.blocks):
         center.turn[b] = rounds * center.layout.workers
     center.taken[0] = rounds
-
-
-def _claim_folder(config: Config) -> Path:
-    """Creates the run folder, complete or not at all; `ValueError` if that cannot be."""
-    folder = Path("runs" if config.out is None else config.out)
-    try:
-        with contextlib.ExitStack() as undo:
-            if config.out is None:
-                folder = _new_name(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.rule.name}", undo)
-            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ValueError(
-                    f"out={folder}: exists already and is not an empty folder; choose another, or continue the run in "
-                    f"it with --resume {folder}."
-                )
-            _make(folder / "logs", undo)
-            _write_config(folder, config)
-            undo.pop_all()
-    except OSError as error:
-        where = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
-        raise ValueError(
-            f"out={folder}: cannot be created ({where}{error.strerror}); choose with --out a place that you "
-            f"may write to."
-        ) from error
-    return folder
-
-
-def _new_name(parent: Path, name: str, undo: contextlib.ExitStack) -> Path:
-    """A folder of its own in `parent`, also when several runs begin in the same second."""
-    _make(parent, undo)
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-        with contextlib.suppress(FileExistsError):
-            (parent / (name + suffix)).mkdir()
-            undo.callback((parent / (name + suffix)).rmdir)
-            return parent / (name + suffix)
-    raise ValueError(f"out={parent / name}: a thousand runs of this name exist already; choose another with --out.")
-
-
-def _make(folder: Path, undo: contextlib.ExitStack) -> None:
-    for one in (*reversed(folder.parents), folder):
-        if not one.is_dir():
-            one.mkdir()
-            undo.callback(one.rmdir)
-
-
-def _write_config(folder: Path, config: Config) -> None:
-    """Writes config.json: the whole of it, or it stays as it was; `ValueError` where one may not write."""
-    text = {
-        "config": config.to_json(),
-        "versions": hardware.versions(),
-        "hardware": hardware.describe(),
-    }
-    fresh = folder / ".config.json"
-    try:
-        fresh.write_text(json.dumps(text, indent=1) + "\n")
-        fresh.replace(folder / "config.json")
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
-        raise ValueError(
-            f"{folder}: cannot be written to ({error.strerror}); make room, or choose a place that you may write to."
-        ) from error
-
-
-def _locked(folder: Path, undo: contextlib.ExitStack) -> int:
-    """Holds the run folder against a second process; the lock goes with the descriptor, also when we are killed."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ValueError(
-            f"resume={folder}: no such run ({error.strerror}); name the folder of an earlier run."
-        ) from error
-    undo.callback(os.close, fd)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"resume={folder}: this run is still in progress; wait for its end, or stop it (Ctrl-C writes a "
-            f"checkpoint)."
-        ) from error
-    return fd

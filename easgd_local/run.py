@@ -54,12 +54,13 @@ class Run:
         self._workers: dict[int, Child] = {}
         self._evaluator: Child | None = None
         self._assembly = checkpoint.Assembly(
-            self._folder, workers=len(self._ranks), n=self._plan.layout.n, keep=prepared.config.keep
+            self._folder, config=prepared.config.to_json(), workers=len(self._ranks), n=self._plan.layout.n,
+            keep=prepared.config.keep,
         )
         self._next_round = self._calendar.next_snapshot(self._calendar.rounds_before(prepared.t))
         self._mean_t = prepared.t
         self._due: tuple[int, int] | None = None  # (round, T) of an evaluation that waits for the workers to hold
-        self._asked: tuple[int, int, float] | None = None  # (round, T, when) of the one under way
+        self._asked: tuple[int, int] | None = None  # (round, T) of the one under way
         self._scores: evaluate.Scores | None = None
         self._buffers: Vector | None = None
         self._evaluate_s = 0.0
@@ -72,7 +73,8 @@ class Run:
         """Trains to the end, or until interrupted; writes the run folder; returns the summary."""
         checkpoint.discard_partial(self._folder)
         with (
-            Metrics(self._folder, self._listeners, resume_t=self._prepared.t) as self._metrics,
+            self._tensorboard() as tensorboard,
+            Metrics(self._folder, self._listeners + tensorboard, resume_t=self._prepared.t) as self._metrics,
             _signals(self._interrupt),
             Launcher(self._folder / "logs") as self._launcher,
             Referee(self._center, self._calendar, strict=self._strict) as self._referee,
@@ -81,6 +83,17 @@ class Run:
             self._supervise()
             self._finish()
             return self._conclude()
+
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator[list[Listener]]:
+        """A listener that draws for TensorBoard, if that is wanted."""
+        if not self._prepared.config.tensorboard:
+            yield []
+            return
+        from easgd_local.tensorboard import TensorBoard
+
+        with TensorBoard(self._folder, resume_t=self._prepared.t or None) as listener:
+            yield [listener]
 
     # The course
 
@@ -179,8 +192,8 @@ class Run:
 
     def _hear(self, one: Child, message: Message) -> None:
         match message, one.rank:
-            case ("evaluated", scores, buffers), None:
-                self._evaluated(scores, buffers)
+            case ("evaluated", scores, buffers, took_s), None:
+                self._evaluated(scores, buffers, took_s)
             case ("taken",), None:
                 self._snapshot_taken()
             case ("exit", cause), None:
@@ -330,21 +343,20 @@ class Run:
 
     def _ask(self, round: int, t: int) -> None:
         if self._evaluator:
-            self._asked = round, t, time.perf_counter()
+            self._asked = round, t
             _tell(self._evaluator, t)
 
     def _snapshot_taken(self) -> None:
         round = (self._asked or self._due or (-1,))[0]
         self._center.taken[0] = max(self._center.taken[0], round + 1)
 
-    def _evaluated(self, scores: evaluate.Scores, buffers: Vector) -> None:
+    def _evaluated(self, scores: evaluate.Scores, buffers: Vector, took_s: float) -> None:
         if self._asked is None:
             return
-        round, t, since = self._asked
-        took = time.perf_counter() - since
+        round, t = self._asked
         self._asked, self._scores, self._buffers = None, scores, buffers
-        self._evaluate_s += took
-        self._event("center", t=t, round=round, evaluate_s=took, **vars(scores))
+        self._evaluate_s += took_s
+        self._event("center", t=t, round=round, evaluate_s=took_s, **vars(scores))
 
     def _commit(self) -> None:
         ranks = [rank for rank in self._workers if self._tallies[rank].state != "starting"]

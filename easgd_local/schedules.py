@@ -36,15 +36,23 @@ class Calendar:
 
     def previous_snapshot(self, round: int) -> int | None:
         """The last snapshot round before `round`, None if there is none."""
-        return next((r for r in range(round - 1, -1, -1) if self.snapshot_after(r)), None)
+        last = min(round * self.tau, self.steps - 1)  # the last step that belongs to an earlier round
+        dates = [last // period * period for period in self._periods() if last >= period]
+        return self.rounds_before(max(dates)) - 1 if dates else None
 
     def next_snapshot(self, round: int) -> int | None:
         """The first snapshot round from `round` on, None if there is none."""
-        return next((r for r in range(round, self.rounds_before(self.steps)) if self.snapshot_after(r)), None)
+        first = round * self.tau + 1
+        dates = [-(-first // period) * period for period in self._periods()]
+        date = min(dates, default=self.steps)
+        return self.rounds_before(date) - 1 if date < self.steps else None
 
     def checkpoint_due(self, t: int) -> bool:
         """Whether a checkpoint is to be written when the clock shows t: at multiples of the period, and at the end."""
         return bool(self.checkpoint_every) and t > 0 and (t % self.checkpoint_every == 0 or t == self.steps)
+
+    def _periods(self) -> list[int]:
+        return [period for period in (self.evaluate_every, self.checkpoint_every) if period]
 
     def _multiples(self, period: int, round: int) -> list[int]:
         if not period:

@@ -32,7 +32,7 @@ def bring(assembly: Assembly, run: Path, t: int, *ranks: int) -> None:
 
 def saved(run: Path, t: int, *, keep: int = 3, workers: int = 2) -> Path:
     """A complete checkpoint of step t."""
-    assembly = Assembly(run, workers=workers, n=N, keep=keep)
+    assembly = Assembly(run, config={}, workers=workers, n=N, keep=keep)
     assembly.add_center(t, vectors(t, "c"))
     bring(assembly, run, t, *range(workers))
     [(step, folder)] = assembly.commit(range(workers), seconds=t / 2)
@@ -246,7 +246,7 @@ def test_a_file_that_is_no_vector_file_is_named_though_its_digest_fits(tmp_path:
     checkpoint.save_vectors(partial, "center.safetensors", vectors(0, "c"))
     (partial / "worker-0.safetensors").write_bytes(b"not vectors")
     digest = checkpoint._sync_and_digest(partial / "worker-0.safetensors")
-    manifest = Manifest(9, 1, N, 0.0, {0: 9}, {"worker-0.safetensors": digest})
+    manifest = Manifest(9, 1, N, 0.0, {0: 9}, {"worker-0.safetensors": digest}, {})
     folder = checkpoint.commit(tmp_path, manifest, keep=1)
     with pytest.raises(ValueError, match=rf"worker-0.safetensors: not a safetensors file \(.*{REMEDY}"):
         checkpoint.read(folder)
@@ -261,7 +261,7 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_waits_for_the_center_and_for_every_rank(tmp_path: Path) -> None:
-    assembly = Assembly(tmp_path, workers=3, n=N, keep=3)
+    assembly = Assembly(tmp_path, config={}, workers=3, n=N, keep=3)
     bring(assembly, tmp_path, 8, 0)
     assert assembly.commit(range(3), 1.0) == []
     assembly.add_center(8, vectors(8, "c"))
@@ -275,13 +275,13 @@ def test_a_checkpoint_waits_for_the_center_and_for_every_rank(tmp_path: Path) ->
 
 
 def test_workers_alone_make_no_checkpoint(tmp_path: Path) -> None:
-    assembly = Assembly(tmp_path, workers=2, n=N, keep=3)
+    assembly = Assembly(tmp_path, config={}, workers=2, n=N, keep=3)
     bring(assembly, tmp_path, 8, 0, 1)
     assert assembly.commit(range(2), 1.0) == [] and checkpoint.steps(tmp_path) == []
 
 
 def test_a_dead_worker_is_not_waited_for_and_absent(tmp_path: Path) -> None:
-    assembly = Assembly(tmp_path, workers=3, n=N, keep=3)
+    assembly = Assembly(tmp_path, config={}, workers=3, n=N, keep=3)
     assembly.add_center(8, vectors(8, "c"))
     bring(assembly, tmp_path, 8, 0, 2)
     [(_, folder)] = assembly.commit([0, 2], 1.0)
@@ -291,7 +291,7 @@ def test_a_dead_worker_is_not_waited_for_and_absent(tmp_path: Path) -> None:
 
 
 def test_what_a_worker_brought_before_it_died_is_kept(tmp_path: Path) -> None:
-    assembly = Assembly(tmp_path, workers=2, n=N, keep=3)
+    assembly = Assembly(tmp_path, config={}, workers=2, n=N, keep=3)
     assembly.add_center(8, vectors(8, "c"))
     bring(assembly, tmp_path, 8, 0, 1)
     [(_, folder)] = assembly.commit([0], 1.0)
@@ -299,7 +299,7 @@ def test_what_a_worker_brought_before_it_died_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_file_that_a_dying_worker_left_unfinished_belongs_to_nothing(tmp_path: Path) -> None:
-    assembly = Assembly(tmp_path, workers=2, n=N, keep=3)
+    assembly = Assembly(tmp_path, config={}, workers=2, n=N, keep=3)
     assembly.add_center(8, vectors(8, "c"))
     bring(assembly, tmp_path, 8, 0)
     (checkpoint.partial_folder(tmp_path, 8) / checkpoint.worker_file(1)).write_bytes(b"half")
@@ -308,13 +308,13 @@ def test_a_file_that_a_dying_worker_left_unfinished_belongs_to_nothing(tmp_path:
 
 
 def test_a_center_alone_makes_no_checkpoint(tmp_path: Path) -> None:
-    assembly = Assembly(tmp_path, workers=2, n=N, keep=3)
+    assembly = Assembly(tmp_path, config={}, workers=2, n=N, keep=3)
     assembly.add_center(8, vectors(8, "c"))
     assert assembly.commit([], 1.0) == [] and checkpoint.steps(tmp_path) == []
 
 
 def test_several_checkpoints_are_put_together_at_once_and_written_in_order(tmp_path: Path) -> None:
-    assembly = Assembly(tmp_path, workers=2, n=N, keep=1)
+    assembly = Assembly(tmp_path, config={}, workers=2, n=N, keep=1)
     for t in (16, 8):
         assembly.add_center(t, vectors(t, "c"))
         bring(assembly, tmp_path, t, 0)

@@ -25,6 +25,7 @@ LAYERS = (
     ("run",),
     ("summary",),
     ("prepare",),
+    ("runfolder",),
     ("config",),
     ("launcher", "preload"),
     ("evaluate",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from easgd_local.center import Center, Layout
 from easgd_local.launcher import NEVER, Referee
 from easgd_local.schedules import Calendar
 from easgd_local.turns import Aborted, Arbiter, FreeTurns, StrictTurns, owner, pass_turns, position, walk
+from tests.conftest import eventually
 from tests.explorer import Explored, Free, Op, Strict, everything, explore
 
 EVERY_ROUND = Calendar(tau=1, steps=100, evaluate_every=1)
@@ -393,14 +393,17 @@ class Clock:
         return self.now
 
     def sched_yield(self) -> None:
-        self.now += 1
         self.yields += 1
-        self.meanwhile(self.yields + self.sleeps)
+        self._tick()
 
     def sleep(self, seconds: float) -> None:
         assert seconds == turns.SLEEP_S
-        self.now += 1
         self.sleeps += 1
+        self._tick()
+
+    def _tick(self) -> None:
+        self.now += 1
+        assert self.yields + self.sleeps < 1000, "waits for ever"
         self.meanwhile(self.yields + self.sleeps)
 
 
@@ -559,7 +562,7 @@ class Crew:
     """Workers as threads, each with its own mapping of the center."""
 
     def __init__(self, center: Center, work: Callable[[Center, int], None]) -> None:
-        self.errors: list[BaseException] = []
+        self.center, self.errors = center, list[BaseException]()
         self.threads = [
             threading.Thread(target=self._enter, args=(center, rank, work), daemon=True)
             for rank in range(center.layout.workers)
@@ -575,9 +578,11 @@ class Crew:
             self.errors.append(error)
 
     def join(self) -> None:
+        late = not eventually(lambda: not any(thread.is_alive() for thread in self.threads), 20)
+        self.center.abort[0] = 1  # releases who still waits
         for thread in self.threads:
-            thread.join(20)
-        assert not any(thread.is_alive() for thread in self.threads) and not self.errors, self.errors
+            thread.join()
+        assert not late and not self.errors, self.errors
 
 
 @pytest.fixture
@@ -619,8 +624,7 @@ def test_three_threads_make_the_center_that_one_after_another_would(center_of, h
 
     crew = Crew(center, work)
     for round in (2, 5):
-        while min(center.turn) < 3 * (round + 1):
-            time.sleep(1e-4)
+        assert eventually(lambda: min(center.turn) >= 3 * (round + 1), 20)  # noqa: B023
         assert np.array_equal(center.snapshot["c"], sequentially(center.layout, round + 1))
         center.taken[0] = round + 1
     crew.join()
@@ -645,8 +649,7 @@ def test_a_thread_that_dies_in_mid_block_changes_nothing_for_the_others(center_o
     with Referee(center, NO_SNAPSHOTS, strict=True) as referee:
         Crew(center, work).join()
         referee.retire(0), referee.retire(2)
-        while min(center.turn) < 3 * ROUNDS:
-            time.sleep(1e-4)
+        assert eventually(lambda: min(center.turn) >= 3 * ROUNDS, 20)
     visits = [2 + (walk(1, 3, 21).index(b) < walk(1, 3, 21).index(4)) for b in range(21)]
     expected = np.zeros(N)
     for b in range(21):

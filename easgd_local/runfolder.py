@@ -1,0 +1,109 @@
+"""The folder of a run: claimed complete or not at all, held by one process at a time, its configuration read back."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+
+from easgd_local import hardware
+from easgd_local.config import Config
+
+
+def claim(config: Config) -> Path:
+    """Creates the run folder, complete or not at all; `ValueError` if that cannot be."""
+    folder = Path("runs" if config.out is None else config.out)
+    try:
+        with contextlib.ExitStack() as undo:
+            if config.out is None:
+                folder = _new_name(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.rule.name}", undo)
+            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ValueError(
+                    f"out={folder}: exists already and is not an empty folder; choose another, or continue the run in "
+                    f"it with --resume {folder}."
+                )
+            _make(folder / "logs", undo)
+            write_config(folder, config)
+            undo.pop_all()
+    except OSError as error:
+        where = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
+        raise ValueError(
+            f"out={folder}: cannot be created ({where}{error.strerror}); choose with --out a place that you "
+            f"may write to."
+        ) from error
+    return folder
+
+
+def _new_name(parent: Path, name: str, undo: contextlib.ExitStack) -> Path:
+    """A folder of its own in `parent`, also when several runs begin in the same second."""
+    _make(parent, undo)
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):
+            (parent / (name + suffix)).mkdir()
+            undo.callback((parent / (name + suffix)).rmdir)
+            return parent / (name + suffix)
+    raise ValueError(f"out={parent / name}: a thousand runs of this name exist already; choose another with --out.")
+
+
+def _make(folder: Path, undo: contextlib.ExitStack) -> None:
+    for one in (*reversed(folder.parents), folder):
+        if not one.is_dir():
+            one.mkdir()
+            undo.callback(one.rmdir)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Writes config.json: the whole of it, or it stays as it was; `ValueError` where one may not write."""
+    text = {
+        "config": config.to_json(),
+        "versions": hardware.versions(),
+        "hardware": hardware.describe(),
+    }
+    fresh = folder / ".config.json"
+    try:
+        fresh.write_text(json.dumps(text, indent=1) + "\n")
+        fresh.replace(folder / "config.json")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise ValueError(
+            f"{folder}: cannot be written to ({error.strerror}); make room, or choose a place that you may write to."
+        ) from error
+
+
+def lock(folder: Path, undo: contextlib.ExitStack) -> int:
+    """Holds the run folder against a second process; the lock goes with the descriptor, also when we are killed."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ValueError(
+            f"resume={folder}: no such run ({error.strerror}); name the folder of an earlier run."
+        ) from error
+    undo.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"resume={folder}: this run is still in progress; wait for its end, or stop it (Ctrl-C writes a "
+            f"checkpoint)."
+        ) from error
+    return fd
+
+
+def saved_config(folder: Path) -> Config:
+    """The configuration of an earlier run; `ValueError` if the folder holds none."""
+    path = folder / "config.json"
+    try:
+        return Config.from_json(json.loads(path.read_text())["config"])
+    except OSError as error:
+        raise ValueError(
+            f"resume={folder}: no run is there ({path.name}: {error.strerror}); name the folder of an earlier run."
+        ) from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"resume={folder}: its {path.name} is damaged or was written by another version ({type(error).__name__}: "
+            f"{error}); restore it, or start a new run."
+        ) from error
