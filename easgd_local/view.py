@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from easgd_local.metrics import Event
-from easgd_local.report import (
+from easgd_local.wording import (
     best,
     clock_text,
     count_text,

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from easgd_local import report
+from easgd_local import curves, report, wording
 from easgd_local.metrics import Metrics, finite, read
 
 CONFIG = {
@@ -55,7 +55,7 @@ def run_folder(folder, losses=(), workers=(), summary=SUMMARY):
 
 def panels(folder):
     config, summary = (report._object(folder / name) for name in ("config.json", "summary.json"))
-    return report.figure(config, summary, read(folder))
+    return curves.figure(config, summary, read(folder))
 
 
 def test_both_files_are_written(tmp_path):
@@ -137,4 +137,4 @@ def test_a_path_that_is_no_folder_is_the_users_mistake(tmp_path):
     ],
 )
 def test_a_loss_in_words(loss, text):
-    assert report.loss_text(loss) == text
+    assert wording.loss_text(loss) == text

@@ -31,7 +31,7 @@ LAYERS = (
     ("evaluate",),
     ("worker",),
     ("gradient",),
-    ("metrics", "view", "report", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),
+    ("metrics", "view", "report", "curves", "wording", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),
     ("rules.*",),
     ("turns", "center"),
     ("flat",),
