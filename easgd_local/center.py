@@ -127,11 +127,11 @@ class Center:
         try:
             # fallocate, not ftruncate: lack of room is an error now and not a SIGBUS at the first touch.
             os.posix_fallocate(fd, 0, layout.size_bytes)
+            fcntl.fcntl(fd, _F_ADD_SEALS, _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW)
+            center = cls(layout, fd)
         except OSError as error:
             os.close(fd)
             raise MemoryError(refusal) from error
-        fcntl.fcntl(fd, _F_ADD_SEALS, _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW)
-        center = cls(layout, fd)
         header = memoryview(center._memory).cast("Q")
         for index, value in enumerate((MAGIC, VERSION, layout.workers, layout.blocks, layout.n)):
             header[index] = value

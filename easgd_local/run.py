@@ -217,6 +217,7 @@ class Run:
     def _worker_exited(self, rank: int, cause: str | None) -> None:
         del self._workers[rank]
         self._referee.retire(rank)
+        self._center.waiting_for[rank] = 0  # it waits for nobody any more, and writes no more itself
         if self._tallies[rank].state in ("finished", "stopped"):
             self._event(self._tallies[rank].state, rank=rank)
         else:
