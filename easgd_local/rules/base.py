@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any, ClassVar, Protocol, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hints
 
-from easgd_local.backend.cpu import CpuOps, Vector
+if TYPE_CHECKING:
+    from easgd_local.backend.cpu import CpuOps, Vector
 
 
 class WorkerView(Protocol):
