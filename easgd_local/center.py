@@ -55,7 +55,7 @@ class Layout:
     def word_counts(self) -> dict[str, int]:
         """The rows of control words, in the order of their lines. Who writes each is said in `Center`."""
         p, G = self.workers, self.blocks
-        launcher = {"abort": 1, "pause": 1, "stop": 1, "save": 1, "taken": 1, "grant": p * G}
+        launcher = {"abort": 1, "pause": 1, "stop": 1, "leave": 1, "save": 1, "taken": 1, "grant": p * G}
         worker = {"clock": p, "earliest_stop": p, "held": p, "waiting_for": p, "request": p, "done": p * G}
         return {"turn": G} | launcher | worker
 
@@ -79,7 +79,7 @@ class Center:
 
     - turn[b]: "turn[b] exchanges of block b are complete"; written by the worker whose turn it is, or by the launcher
       in place of a worker that is gone.
-    - abort, pause, stop, save, taken, grant: the launcher. An odd pause asks every worker to hold.
+    - abort, pause, stop, leave, save, taken, grant: the launcher. An odd pause asks every worker to hold.
     - clock, earliest_stop, held, waiting_for, request, done: worker i writes its own.
     """
 
@@ -87,6 +87,7 @@ class Center:
     abort: Words
     pause: Words
     stop: Words
+    leave: Words
     save: Words
     taken: Words
     grant: Words

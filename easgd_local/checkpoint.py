@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,15 @@ class Assembly:
         """Worker `rank` has written its file of the checkpoint of step t at its own clock."""
         self._saved.setdefault(t, {})[rank] = (clock, name, digest)
 
-    def commit(self, ranks: Collection[int], seconds: float) -> list[tuple[int, Path]]:
-        """Completes the checkpoints to which all of `ranks` have brought their part; returns (step, folder) of each."""
-        ready = [t for t in sorted(self._centers.keys() & self._saved.keys()) if set(ranks) <= self._saved[t].keys()]
+    def commit(self, joined: Mapping[int, int], seconds: float) -> list[tuple[int, Path]]:
+        """Completes the checkpoints to which everybody has brought its part; returns (step, folder) of each.
+
+        `joined[rank]` is the clock at which a living worker joined: checkpoints up to that step do not wait for it.
+        """
+        ready = []
+        for t in sorted(self._centers.keys() & self._saved.keys()):
+            if {rank for rank, clock in joined.items() if clock < t} <= self._saved[t].keys():
+                ready.append(t)
         return [(t, self._write(t, self._centers.pop(t), self._saved.pop(t), seconds)) for t in ready]
 
     def _write(self, t: int, vectors: Vectors, saved: dict[int, tuple[int, str, str]], seconds: float) -> Path:

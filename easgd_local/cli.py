@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
+INTERRUPTED_EARLY = "interrupted before the training began."
 NOT_FLAGS = {"rule", "faults"}
 FOLDERS = {"data_dir", "out"}
 
@@ -47,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line. A flag that is not given is absent from the result."""
-    top = Parser(prog="easgd-local", description="Elastic averaging on all the GPUs, or all the cores, of one machine.")
+    top = Parser(prog="easgd-local", description="Elastic averaging on all the cores of one machine (GPUs: not yet).")
     top.add_argument("--version", action="version", version=f"easgd_local {__version__}", help="show the version")
     commands = top.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=Parser, title="commands",
@@ -81,7 +85,7 @@ def _train(arguments: dict[str, Any]) -> int:
         _complain(str(error))
         return USAGE
     except KeyboardInterrupt:
-        _complain("interrupted before the training began.")
+        _complain(INTERRUPTED_EARLY)
         return INTERRUPTED
     from rich.console import Console
 
@@ -91,7 +95,14 @@ def _train(arguments: dict[str, Any]) -> int:
     console = Console()
     with prepared:
         with view.open_view(console) as live:
-            summary = Run(prepared, [live]).execute()
+            try:
+                summary = Run(prepared, [live]).execute()
+            except OSError as error:
+                _complain(
+                    f"{prepared.plan.folder}: the run folder cannot be written to ({error.strerror}); make room, and "
+                    f"go on from the last checkpoint, if there is one, with --resume."
+                )
+                return FAILED
         console.print(view.summary_table(summary, summary["folder"]))
     return EXIT_CODES[summary["status"]]
 
@@ -106,8 +117,9 @@ def _prepare(arguments: dict[str, Any]) -> Prepared:
     from easgd_local.launcher import warm_up
 
     warm_up()  # the fork server imports torch while we do
-    from easgd_local.prepare import prepare
-    from easgd_local.runfolder import saved_config
+    with _leaving_at_once():
+        from easgd_local.prepare import prepare
+        from easgd_local.runfolder import saved_config
 
     if run is not None:
         config = _resumed(saved_config(run), run, given)
@@ -156,6 +168,21 @@ def _resumed(saved: Config, run: Path, arguments: dict[str, Any]) -> Config:
     if "steps" in rest or "epochs" in rest:
         rest = {"steps": None, "epochs": None} | rest
     return Config.from_json(values | rest | {"out": str(run)})
+
+
+@contextlib.contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """While torch is being imported: an exception in the middle of that would end in a crash of its own."""
+
+    def leave(number: int, frame: Any) -> NoReturn:
+        os.write(2, f"easgd-local: error: {INTERRUPTED_EARLY}\n".encode())
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # What argparse says, in our words

@@ -11,9 +11,11 @@ import multiprocessing as mp
 import os
 import select
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -81,7 +83,8 @@ class Launcher:
         process = _context().Process(
             target=child.enter, args=(main, theirs, log, len(fds), args), name=f"easgd-{name}", daemon=False
         )
-        process.start()
+        with _without_main():
+            process.start()
         assert process.pid is not None
         theirs.close()
         # The child waits for these descriptors before it does anything, so it cannot have exited unobserved.
@@ -139,6 +142,20 @@ class Launcher:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Children run functions of this package and need nothing of the user's script, so they do not import it.
+
+    Otherwise a script without `if __name__ == "__main__":` would start its training again in every child.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _drain(one: Child) -> list[Message]:

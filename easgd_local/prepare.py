@@ -87,13 +87,13 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
         if manifest is None or resume is None:
             center.vectors["c"][:] = flat.values()
             starts, t, seconds = {rank: Start() for rank in range(plan.layout.workers)}, 0, 0.0
-            plan = replace(plan, folder=claim(config))
+            plan = replace(plan, folder=claim(config, _effective(plan)))
             lock_fd = lock(plan.folder, undo)
         else:
             starts = _restore(center, plan, manifest, checkpoint.steps(resume)[-1], warnings)
             t, seconds = manifest.t, manifest.seconds
             plan = replace(plan, folder=resume)
-            write_config(resume, config)
+            write_config(resume, config, _effective(plan))
         _set_turns(center, plan.calendar.rounds_before(t))
         undo.pop_all()
     return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings, lock_fd)
@@ -210,6 +210,18 @@ def _check_work_left(config: Config, steps: int, t: int, run: Path) -> None:
             f"{name}={getattr(config, name)}: the run in {run} has its newest checkpoint at step {t}, so nothing is "
             f"left to do; give more --{name}."
         )
+
+
+def _effective(plan: Plan) -> dict[str, Any]:
+    """What the configuration leaves open, as it was decided."""
+    calendar = plan.calendar
+    return {
+        "steps": calendar.steps,
+        "eval_every": calendar.evaluate_every,
+        "threads": plan.threads,
+        "device": "cpu",
+        **plan.rule.derived(plan.layout.workers),
+    }
 
 
 def _check_room(plan: Plan) -> None:

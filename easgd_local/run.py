@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,8 @@ class Run:
         self._strict = self._plan.turns == "strict"
         self._clock = Clock(prepared.seconds)
         self._tallies = [Tally(rank) for rank in self._ranks]
+        self._reloads = [0] * len(self._tallies)  # how often a worker's values were not finite
+        self._joined = dict.fromkeys(self._ranks, -1)  # the clock at which a worker joined a run under way
         self._workers: dict[int, Child] = {}
         self._evaluator: Child | None = None
         self._assembly = checkpoint.Assembly(
@@ -65,7 +68,7 @@ class Run:
         self._buffers: Vector | None = None
         self._evaluate_s = 0.0
         self._interrupts, self._stop_reason, self._stop_t = 0, "", -1
-        self._held, self._shown_at = False, 0.0
+        self._held, self._diverged, self._shown_at = False, False, 0.0
         self._failures: list[dict[str, Any]] = []
         self._warnings = list(prepared.warnings)
 
@@ -131,17 +134,23 @@ class Run:
         while self._workers and self._interrupts < 2:
             self._step(BUSY_S if self._due or self._stop_reason else IDLE_S)
             assert self._referee.is_alive(), "the referee died: nobody passes the turns of the dead any more"
-            if self._interrupts and not self._stop_reason:
+            if self._interrupts and not self._stop_reason and not self._center.leave[0]:
                 self._stop_reason = "interrupted"
             if not (self._asked or self._due or self._stop_reason):
                 self._watch_rounds() if self._strict else self._watch_clocks()
+                self._dismiss_finished()
             self._hold_or_release()
         self._launcher.kill_all(self._workers.values())
+
+    def _dismiss_finished(self) -> None:
+        """Lets the workers go when all have finished: until then a stop may want their state."""
+        if all(self._tallies[rank].state == "finished" for rank in self._workers):
+            self._center.leave[0] = 1
 
     def _finish(self) -> None:
         """Nobody steps any more: the last checkpoint and evaluation see the center as it is."""
         self._clock.stop()
-        if self._stop_t >= 0 and self._interrupts < 2:
+        if self._stop_t >= 0 and self._interrupts < 2 and not self._diverged:
             self._assembly.add_center(self._stop_t, _copies(self._center.vectors))
         elif self._finished() and self._calendar.checkpoint_every:
             self._assembly.add_center(self._calendar.steps, _copies(self._center.vectors))
@@ -151,17 +160,19 @@ class Run:
             self._evaluate_now(self._calendar.rounds_before(self._calendar.steps) - 1, self._calendar.steps)
 
     def _evaluate_now(self, round: int, t: int) -> None:
-        while self._asked and self._evaluator and not self._interrupts:
+        while self._asked and self._interrupts < 2:
             self._step(BUSY_S)
-        if not self._interrupts:
-            self._center.take_snapshot()
-            self._ask(round, t)
-        while self._asked and not self._interrupts:
+        self._center.take_snapshot()
+        self._ask(round, t)
+        while self._asked and self._interrupts < 2:
             self._step(BUSY_S)
 
     def _conclude(self) -> dict[str, Any]:
         if not is_finite(self._prepared):
-            self._warn("the center holds values that are not finite: the run diverged; lower lr.")
+            self._warn("the center holds values that are not finite.")
+        for rank, times in enumerate(self._reloads):
+            if times:
+                self._warn(f"worker {rank} was reloaded from the center {times} times, as its values were not finite.")
         summary = {"status": self._status()} | summarize(
             self._prepared, self._tallies, self._scores, seconds=self._clock.seconds, evaluate_s=self._evaluate_s,
             failures=self._failures, warnings=self._warnings,
@@ -170,15 +181,16 @@ class Run:
         c = self._center.vectors["c"].copy()
         if self._plan.buffers == "recalibrate" and self._buffers is not None:
             c[self._prepared.flat.buffers] = self._buffers
-        safetensors.torch.save_file(self._prepared.flat.state_dict(c), self._folder / "center.safetensors")
+        state = self._prepared.flat.state_dict(c)
+        (self._folder / "center.safetensors").write_bytes(safetensors.torch.save(state))
         (self._folder / "summary.json").write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
         report.write(self._folder)
         return summary | {"folder": str(self._folder)}
 
     def _status(self) -> str:
-        if self._interrupts:
+        if self._interrupts > (0 if self._stop_t >= 0 else 1):  # one alone does not stop what is complete already
             return "interrupted"
-        return "done" if self._finished() and is_finite(self._prepared) else "failed"
+        return "done" if self._finished() and is_finite(self._prepared) and not self._diverged else "failed"
 
     def _finished(self) -> bool:
         return not self._stop_reason and any(tally.state == "finished" for tally in self._tallies)
@@ -202,8 +214,9 @@ class Run:
                 self._tallies[rank].count(values)
                 shown = {name: value for name, value in values.items() if name != "waited_for_s"}
                 self._event("worker", rank=rank, **shown)
-            case ("event", kind, values), int(rank):
-                self._event(kind, rank=rank, **values)
+            case ("event", "nonfinite", values), int(rank):
+                self._reloads[rank] += 1
+                self._event("nonfinite", rank=rank, times=self._reloads[rank], **values)
             case ("ready",), int(rank) if self._tallies[rank].state == "starting":
                 self._readmit(rank)
             case ("saved", label, clock, name, digest), int(rank):
@@ -220,7 +233,7 @@ class Run:
         self._center.waiting_for[rank] = 0  # it waits for nobody any more, and writes no more itself
         if self._tallies[rank].state in ("finished", "stopped"):
             self._event(self._tallies[rank].state, rank=rank)
-        else:
+        elif self._tallies[rank].state != "starting" or self._stop_t < 0:
             self._worker_died(rank, cause or "exited before its last step")
         self._commit()
 
@@ -240,7 +253,7 @@ class Run:
     def _readmit(self, rank: int) -> None:
         round = self._referee.readmit(rank)
         t = round * self._calendar.tau if self._strict else max(self._center.clock[i] for i in self._ranks)
-        self._tallies[rank].state, self._tallies[rank].steps = "training", t
+        self._tallies[rank].state, self._tallies[rank].steps, self._joined[rank] = "training", t, t
         self._event("respawn", rank=rank, t=t)
         _tell(self._workers[rank], t)
 
@@ -290,12 +303,13 @@ class Run:
         pause = self._center.pause
         if self._holding_wanted() and not pause[0] & 1:
             pause[0] += 1
-        if not self._held and pause[0] & 1 and all(self._center.held[rank] == pause[0] for rank in self._training()):
+        all_hold = pause[0] & 1 and all(self._center.held[rank] == pause[0] for rank in self._training())
+        if all_hold and not self._held:
             self._held = True
             self._clock.stop()
-        if self._held and self._stop_wanted():
+        if all_hold and self._stop_wanted():
             self._stop()
-        elif self._held and self._due:
+        elif all_hold and self._due:
             self._act_while_held(*self._due)
         if pause[0] & 1 and not self._holding_wanted():
             if self._held:
@@ -333,7 +347,9 @@ class Run:
         self._due = self._asked = None
         center.taken[0] = NEVER  # nobody reads snapshots any more, so nobody waits to write one
         if self._strict:
-            self._stop_t = max((center.earliest_stop[rank] for rank in ranks), default=self._calendar.steps)
+            ahead = any(self._tallies[rank].state == "finished" for rank in self._workers)
+            earliest = max((center.earliest_stop[rank] for rank in ranks), default=self._calendar.steps)
+            self._stop_t = self._calendar.steps if ahead else earliest
             center.stop[0] = self._stop_t + 1
         else:  # everybody holds between two steps and stops right there
             clocks = [center.clock[rank] for rank in ranks] or [self._calendar.steps]
@@ -358,10 +374,14 @@ class Run:
         self._asked, self._scores, self._buffers = None, scores, buffers
         self._evaluate_s += took_s
         self._event("center", t=t, round=round, evaluate_s=took_s, **vars(scores))
+        if not math.isfinite(scores.train_loss) and not self._diverged:
+            self._diverged = True
+            self._stop_reason = self._stop_reason or "diverged"
+            self._warn(f"the center's training loss is not finite: diverged; try less than lr={self._plan.rule.lr}.")
 
     def _commit(self) -> None:
-        ranks = [rank for rank in self._workers if self._tallies[rank].state != "starting"]
-        for t, folder in self._assembly.commit(ranks, self._clock.seconds):
+        joined = {rank: self._joined[rank] for rank in self._workers if self._tallies[rank].state != "starting"}
+        for t, folder in self._assembly.commit(joined, self._clock.seconds):
             self._event("checkpoint", t=t, path=str(folder))
 
     # Small things

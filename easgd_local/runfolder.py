@@ -8,12 +8,13 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from easgd_local import hardware
 from easgd_local.config import Config
 
 
-def claim(config: Config) -> Path:
+def claim(config: Config, effective: dict[str, Any]) -> Path:
     """Creates the run folder, complete or not at all; `ValueError` if that cannot be."""
     folder = Path("runs" if config.out is None else config.out)
     try:
@@ -26,7 +27,7 @@ def claim(config: Config) -> Path:
                     f"it with --resume {folder}."
                 )
             _make(folder / "logs", undo)
-            write_config(folder, config)
+            write_config(folder, config, effective)
             undo.pop_all()
     except OSError as error:
         where = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
@@ -55,10 +56,11 @@ def _make(folder: Path, undo: contextlib.ExitStack) -> None:
             undo.callback(one.rmdir)
 
 
-def write_config(folder: Path, config: Config) -> None:
+def write_config(folder: Path, config: Config, effective: dict[str, Any]) -> None:
     """Writes config.json: the whole of it, or it stays as it was; `ValueError` where one may not write."""
     text = {
         "config": config.to_json(),
+        "effective": effective,
         "versions": hardware.versions(),
         "hardware": hardware.describe(),
     }

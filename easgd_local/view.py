@@ -280,7 +280,7 @@ def notable(event: Event) -> str | None:
             return f"{who} respawned {step}"
         case "warning":
             return f"warning: {event.get('message')}"
-        case "nonfinite":
+        case "nonfinite" if event.get("times", 1) == 1:  # the first of perhaps many
             return f"{who} had {count_text(event.get('count'))} values that are not finite {step}"
         case "checkpoint":
             return f"checkpoint {step}: {event.get('path')}"

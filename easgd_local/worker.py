@@ -79,6 +79,7 @@ class Worker:
         self, rank: int, center: Center, plan: Plan, gradient: GradientOf, post: Callable[..., None], t: int
     ) -> None:
         self.rank, self.workers, self.t = rank, plan.layout.workers, t
+        self._first_t = t  # where it takes up: a checkpoint of this step exists
         self.ops, self._gradient, self._post = CpuOps(), gradient, post
         self._center, self._plan, self._rule = center, plan, plan.rule
         rule = plan.rule
@@ -151,6 +152,15 @@ class Worker:
                 self._report()
         self._boundary()
         self._report()
+        self._post("finished")
+        self._linger()
+
+    def _linger(self) -> None:
+        """Until all have finished: if the others are stopped before, this worker's state belongs to the checkpoint."""
+        while not self._center.leave[0]:
+            if self._center.abort[0] or self._center.stop[0]:
+                self._boundary()
+            time.sleep(1e-3)
 
     def _boundary(self) -> None:
         """Between two steps: publishes the clock, holds, saves, stops."""
@@ -165,7 +175,7 @@ class Worker:
             raise RuntimeError("injected fault")
         stop, label = center.stop[0], center.save[0]
         stops = stop > 0 and t >= stop - 1
-        if self._strict and (stops or plan.calendar.checkpoint_due(t)):
+        if self._strict and (stops or (t > self._first_t and plan.calendar.checkpoint_due(t))):
             self._save(t)
         elif label != self._saved_label:
             self._saved_label = label
@@ -269,7 +279,6 @@ def main(conn: Connection, fds: list[int], rank: int, plan: Plan, description: d
             if start.joins:
                 worker.join(t)
             worker.run()
-        post("finished")
     except Stopped:
         post("stopped")
     except Aborted:

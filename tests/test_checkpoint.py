@@ -35,7 +35,7 @@ def saved(run: Path, t: int, *, keep: int = 3, workers: int = 2) -> Path:
     assembly = Assembly(run, config={}, workers=workers, n=N, keep=keep)
     assembly.add_center(t, vectors(t, "c"))
     bring(assembly, run, t, *range(workers))
-    [(step, folder)] = assembly.commit(range(workers), seconds=t / 2)
+    [(step, folder)] = assembly.commit(dict.fromkeys(range(workers), -1), seconds=t / 2)
     assert step == t
     return folder
 
@@ -263,28 +263,28 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_checkpoint_waits_for_the_center_and_for_every_rank(tmp_path: Path) -> None:
     assembly = Assembly(tmp_path, config={}, workers=3, n=N, keep=3)
     bring(assembly, tmp_path, 8, 0)
-    assert assembly.commit(range(3), 1.0) == []
+    assert assembly.commit(dict.fromkeys(range(3), -1), 1.0) == []
     assembly.add_center(8, vectors(8, "c"))
-    assert assembly.commit(range(3), 1.0) == []
+    assert assembly.commit(dict.fromkeys(range(3), -1), 1.0) == []
     bring(assembly, tmp_path, 8, 2)
-    assert assembly.commit(range(3), 1.0) == [] and checkpoint.steps(tmp_path) == []
+    assert assembly.commit(dict.fromkeys(range(3), -1), 1.0) == [] and checkpoint.steps(tmp_path) == []
     bring(assembly, tmp_path, 8, 1)
-    assert assembly.commit(range(3), 1.0) == [(8, tmp_path / "checkpoints" / "step-00000008")]
-    assert assembly.commit(range(3), 2.0) == []  # once
+    assert assembly.commit(dict.fromkeys(range(3), -1), 1.0) == [(8, tmp_path / "checkpoints" / "step-00000008")]
+    assert assembly.commit(dict.fromkeys(range(3), -1), 2.0) == []  # once
     assert checkpoint.read(tmp_path / "checkpoints" / "step-00000008").clocks == {0: 8, 1: 9, 2: 10}
 
 
 def test_workers_alone_make_no_checkpoint(tmp_path: Path) -> None:
     assembly = Assembly(tmp_path, config={}, workers=2, n=N, keep=3)
     bring(assembly, tmp_path, 8, 0, 1)
-    assert assembly.commit(range(2), 1.0) == [] and checkpoint.steps(tmp_path) == []
+    assert assembly.commit(dict.fromkeys(range(2), -1), 1.0) == [] and checkpoint.steps(tmp_path) == []
 
 
 def test_a_dead_worker_is_not_waited_for_and_absent(tmp_path: Path) -> None:
     assembly = Assembly(tmp_path, config={}, workers=3, n=N, keep=3)
     assembly.add_center(8, vectors(8, "c"))
     bring(assembly, tmp_path, 8, 0, 2)
-    [(_, folder)] = assembly.commit([0, 2], 1.0)
+    [(_, folder)] = assembly.commit(dict.fromkeys([0, 2], -1), 1.0)
     manifest = checkpoint.read(folder)
     assert (manifest.workers, manifest.clocks) == (3, {0: 8, 2: 10})
     assert manifest.files.keys() == {"center.safetensors", "worker-0.safetensors", "worker-2.safetensors"}
@@ -294,7 +294,7 @@ def test_what_a_worker_brought_before_it_died_is_kept(tmp_path: Path) -> None:
     assembly = Assembly(tmp_path, config={}, workers=2, n=N, keep=3)
     assembly.add_center(8, vectors(8, "c"))
     bring(assembly, tmp_path, 8, 0, 1)
-    [(_, folder)] = assembly.commit([0], 1.0)
+    [(_, folder)] = assembly.commit(dict.fromkeys([0], -1), 1.0)
     assert checkpoint.read(folder).clocks == {0: 8, 1: 9}
 
 
@@ -303,14 +303,14 @@ def test_a_file_that_a_dying_worker_left_unfinished_belongs_to_nothing(tmp_path:
     assembly.add_center(8, vectors(8, "c"))
     bring(assembly, tmp_path, 8, 0)
     (checkpoint.partial_folder(tmp_path, 8) / checkpoint.worker_file(1)).write_bytes(b"half")
-    [(_, folder)] = assembly.commit([0], 1.0)
+    [(_, folder)] = assembly.commit(dict.fromkeys([0], -1), 1.0)
     assert checkpoint.read(folder).clocks == {0: 8}
 
 
 def test_a_center_alone_makes_no_checkpoint(tmp_path: Path) -> None:
     assembly = Assembly(tmp_path, config={}, workers=2, n=N, keep=3)
     assembly.add_center(8, vectors(8, "c"))
-    assert assembly.commit([], 1.0) == [] and checkpoint.steps(tmp_path) == []
+    assert assembly.commit(dict.fromkeys([], -1), 1.0) == [] and checkpoint.steps(tmp_path) == []
 
 
 def test_several_checkpoints_are_put_together_at_once_and_written_in_order(tmp_path: Path) -> None:
@@ -320,7 +320,17 @@ def test_several_checkpoints_are_put_together_at_once_and_written_in_order(tmp_p
         bring(assembly, tmp_path, t, 0)
     bring(assembly, tmp_path, 8, 1)
     bring(assembly, tmp_path, 16, 1)
-    assert [t for t, _ in assembly.commit(range(2), 1.0)] == [8, 16]
+    assert [t for t, _ in assembly.commit(dict.fromkeys(range(2), -1), 1.0)] == [8, 16]
     assert names(tmp_path) == ["step-00000016"]  # of the two the last one is kept
     found = checkpoint.load_vectors(checkpoint.steps(tmp_path)[0], "center.safetensors")["c"]
     assert np.array_equal(found, vectors(16, "c")["c"])
+
+
+def test_a_checkpoint_does_not_wait_for_a_worker_that_joined_after_its_step(tmp_path: Path) -> None:
+    assembly = Assembly(tmp_path, config={}, workers=2, n=N, keep=3)
+    for t in (8, 16):
+        folder, name = checkpoint.partial_folder(tmp_path, t), checkpoint.worker_file(0)
+        digest = checkpoint.save_vectors(folder, name, {"x": np.zeros(N, np.float32)})
+        assembly.add_worker(t, 0, t, name, digest)
+        assembly.add_center(t, {"c": np.zeros(N, np.float32)})
+    assert [t for t, _ in assembly.commit({0: -1, 1: 8}, 1.0)] == [8]  # worker 1, joined at 8, still owes step 16

@@ -133,6 +133,35 @@ def test_values_that_are_not_finite_stay_out_of_the_center_and_the_worker_is_rel
     assert np.isfinite(losses[-1])
 
 
+def test_an_interrupt_between_the_first_and_the_last_to_finish_loses_nothing(tmp_path: Path, run: Runner) -> None:
+    """Worker 0 finishes its 100 steps while worker 1 is held up at step 60 of them, within the same round."""
+    values = {"rule": EASGD(tau=50), "steps": 100}
+    folder = tmp_path / "run"
+
+    def interrupt() -> None:
+        def first_is_done() -> bool:
+            return folder.exists() and any(e["kind"] == "worker" and e["t"] == 100 for e in metrics.read(folder))
+
+        assert eventually(first_is_done, 20)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    stopped = run(**values, faults=(Fault("pace", 1, t=60, seconds=0.1),), out=str(folder))
+    thread.join()
+    assert stopped["status"] == "interrupted"
+    longer = values | {"steps": 150}
+    assert run(**longer, resume=str(folder))["center_sha256"] == run(**longer)["center_sha256"]
+
+
+def test_a_run_that_diverges_stops_says_so_and_leaves_no_checkpoint_of_the_ruin(run: Runner) -> None:
+    summary = run(rule=EAMSGD(tau=3, lr=1e4), steps=2000, eval_every=20)
+    assert summary["status"] == "failed"
+    assert summary["steps"] < 2000
+    assert any("diverged; try less than lr=10000" in warning for warning in summary["warnings"])
+    assert not list(Path(summary["folder"], "checkpoints").glob("*"))
+
+
 # A straggler
 
 
