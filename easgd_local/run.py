@@ -144,7 +144,8 @@ class Run:
 
     def _dismiss_finished(self) -> None:
         """Lets the workers go when all have finished: until then a stop may want their state."""
-        if all(self._tallies[rank].state == "finished" for rank in self._workers):
+        if self._workers and all(self._tallies[rank].state == "finished" for rank in self._workers):
+            self._clock.stop()
             self._center.leave[0] = 1
 
     def _finish(self) -> None:
@@ -224,6 +225,7 @@ class Run:
                 self._commit()
             case (("finished" | "stopped") as state,), int(rank):
                 self._tallies[rank].state = state
+                self._referee.retire(rank)  # it has made its last exchange
             case ("exit", cause), int(rank):
                 self._worker_exited(rank, cause)
 

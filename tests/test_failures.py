@@ -112,6 +112,13 @@ def test_with_respawn_a_dead_worker_is_replaced_from_the_center(turns: str, run:
     assert center_is_finite(summary)
 
 
+@pytest.mark.parametrize("turns", ["strict", "free"])
+def test_a_replacement_that_comes_after_the_others_have_finished_holds_nobody_up(turns: str, run: Runner) -> None:
+    summary = run(workers=3, steps=40, turns=turns, faults=(Fault("kill", 1, 39),), on_failure="respawn")
+    assert summary["status"] == "done"
+    assert states(summary) == ["finished"] * 3
+
+
 def test_with_stop_a_death_ends_the_run_with_a_checkpoint_of_the_others(run: Runner) -> None:
     summary = run(workers=3, steps=400, faults=(Fault("kill", 1, 20),), on_failure="stop")
     assert summary["status"] == "failed"
