@@ -31,12 +31,12 @@ class Shim:
     """The kernels of `elastic.cu` as g++ built them."""
 
     def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+        self.shim = ctypes.CDLL(str(library))
 
     def launch(self, name: str, launch: tuple[int, int], *arguments) -> None:
         boxes = [box(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(boxes))(*(ctypes.addressof(value) for value in boxes))
-        getattr(self.library, f"launch_{name}")(*map(ctypes.c_uint, launch), addresses)
+        getattr(self.shim, f"launch_{name}")(*map(ctypes.c_uint, launch), addresses)
 
 
 def box(argument):
