@@ -21,7 +21,8 @@ from easgd_local.flat import Flat
 from easgd_local.gradient import autocast
 from easgd_local.worker import Plan
 
-BATCH = 250
+BATCH = 250  # for statistics
+SCORED_AT_ONCE = 125  # small enough that activations stay near the processor
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _score(
 
 
 def _batches(indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    return [indices[start : start + BATCH] for start in range(0, len(indices), BATCH)]
+    return [indices[start : start + SCORED_AT_ONCE] for start in range(0, len(indices), SCORED_AT_ONCE)]
 
 
 def main(conn: Connection, fds: list[int], plan: Plan, description: dict[str, Any]) -> None:
