@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 Vectors = Mapping[str, NDArray[np.float32]]
 
@@ -58,7 +58,7 @@ def worker_file(rank: int) -> str:
 def save_vectors(folder: Path, name: str, vectors: Vectors) -> str:
     """Writes named vectors to `folder/name`, on the disk when this returns; returns the file's SHA-256."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(vectors), folder / name)
+    (folder / name).write_bytes(save(dict(vectors)))  # a full disk is an OSError here, as everywhere
     return _sync_and_digest(folder / name)
 
 

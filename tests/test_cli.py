@@ -1,6 +1,7 @@
 """The command line: one sentence for each mistake, exit code 2, nothing left behind; and what --help says."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -603,3 +604,17 @@ def test_flags_reach_the_configuration(accepted: Callable[..., Any]) -> None:
     plan = prepared["plan"]
     assert (plan.layout.workers, plan.calendar.tau, plan.calendar.steps, plan.threads, plan.seed) == (3, 7, 31, 2, 11)
     assert np.isclose(plan.rule.moving_rate(3), 0.0075)
+
+
+def test_a_full_disk_is_told_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", no_room)
+    words = ["train", "easgd", "--workers", "1", "--steps", "3", "--eval-every", "0", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 1
+    complaint = capsys.readouterr().err
+    assert "the run folder cannot be written to (No space left on device); make room" in complaint
+    assert complaint.count("\n") == 1
