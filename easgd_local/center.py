@@ -11,9 +11,11 @@ import fcntl
 import hashlib
 import mmap
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +23,9 @@ from numpy.typing import NDArray
 from easgd_local import hardware
 from easgd_local.words import LINE_BYTES, Words, words
 
-MAGIC, VERSION, PAGE = 0x4C43_4F4C_4447_5345, 1, 4096  # the magic reads "ESGDLOCL" in memory
+MAGIC, VERSION, PAGE = 0x4C43_4F4C_4447_5345, 2, 4096  # the magic reads "ESGDLOCL" in memory
 BLOCK_BYTES = 4 << 20
+UPDATES = "updates"  # the name of the counts in a checkpoint, beside those of the vectors
 _F_ADD_SEALS, _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 1033, 1, 2, 4
 
 
@@ -56,8 +59,8 @@ class Layout:
         """The rows of control words, in the order of their lines. Who writes each is said in `Center`."""
         p, G = self.workers, self.blocks
         launcher = {"abort": 1, "pause": 1, "stop": 1, "leave": 1, "save": 1, "taken": 1, "grant": p * G}
-        worker = {"clock": p, "earliest_stop": p, "held": p, "waiting_for": p, "request": p, "done": p * G}
-        return {"turn": G} | launcher | worker
+        worker = {"clock": p, "earliest_stop": p, "held": p, "waiting_for": p, "request": p, "done": p * G, "read": p}
+        return {"turn": G, "visited": G, "updates": G, "updates_snapshot": G} | launcher | worker
 
     @cached_property
     def vectors_offset_bytes(self) -> int:
@@ -79,11 +82,17 @@ class Center:
 
     - turn[b]: "turn[b] exchanges of block b are complete"; written by the worker whose turn it is, or by the launcher
       in place of a worker that is gone.
+    - visited[b]: "some worker has visited block b in round visited[b] - 1"; written by the worker that holds the block.
+    - updates[b]: how many of them were made and not passed; written by the worker that holds the block.
+    - read[i]: "worker i has read the center in read[i] rounds"; worker i, or the launcher when it is gone.
     - abort, pause, stop, leave, save, taken, grant: the launcher. An odd pause asks every worker to hold.
     - clock, earliest_stop, held, waiting_for, request, done: worker i writes its own.
     """
 
     turn: Words
+    visited: Words
+    updates: Words
+    updates_snapshot: Words
     abort: Words
     pause: Words
     stop: Words
@@ -97,6 +106,7 @@ class Center:
     waiting_for: Words
     request: Words
     done: Words
+    read: Words
 
     def __init__(self, layout: Layout, fd: int) -> None:
         self.layout, self.fd = layout, fd
@@ -148,11 +158,32 @@ class Center:
             raise ValueError(f"center header {header}: expected {wanted} (magic, version, p, G, n).")
         return center
 
-    def take_snapshot(self, block: slice | None = None) -> None:
-        """Copies the shared vectors (one block of them) to the snapshot area; the caller holds their turns."""
-        place = slice(None) if block is None else block
+    def take_snapshot(self, b: int) -> None:
+        """Copies block b of the shared vectors to the snapshot area; the caller holds its turn."""
+        block = self.layout.block(b)
         for name, vector in self.vectors.items():
-            self.snapshot[name][place] = vector[place]
+            self.snapshot[name][block] = vector[block]
+        self.updates_snapshot[b] = self.updates[b]
+
+    def take_whole_snapshot(self) -> None:
+        """Copies everything to the snapshot area; nobody moves it meanwhile."""
+        for b in range(self.layout.blocks):
+            self.take_snapshot(b)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Copies of the shared vectors in the snapshot area, and the counts of updates, for a checkpoint."""
+        updates = [self.updates_snapshot[b] for b in range(self.layout.blocks)]
+        return {name: vector.copy() for name, vector in self.snapshot.items()} | {UPDATES: np.array(updates, np.int64)}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Fills the vectors and counts from what `state` gave, perhaps of a center cut into other blocks."""
+        updates = state[UPDATES]
+        same = len(updates) == self.layout.blocks
+        for b in range(self.layout.blocks):
+            self.updates[b] = int(updates[b] if same else updates.min())
+        for name, vector in self.vectors.items():
+            if name in state:
+                vector[:] = state[name]
 
     def sha256(self) -> str:
         """Digest of the bytes of c."""

@@ -21,12 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-Vectors = Mapping[str, NDArray[np.float32]]
+Vectors = Mapping[str, NDArray[Any]]  # float32, but for counts
 
 _NAME = re.compile(r"step-\d+")  # a copy kept beside it under a longer name is not one of the run's checkpoints
 
@@ -62,7 +61,7 @@ def save_vectors(folder: Path, name: str, vectors: Vectors) -> str:
     return _sync_and_digest(folder / name)
 
 
-def load_vectors(folder: Path, name: str) -> dict[str, NDArray[np.float32]]:
+def load_vectors(folder: Path, name: str) -> dict[str, NDArray[Any]]:
     """The vectors of one file of a checkpoint that `read` has verified."""
     return load_file(folder / name)
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from easgd_local.faults import Fault
+from easgd_local.learning_rate import LearningRate
 from easgd_local.rules import rule_class
 from easgd_local.rules.base import Rule, make_plain
 
 WORKERS = 4  # the paper's node
+LR_DECAY = 0.1
 MAX_STEPS = 10**12  # more than anybody makes, and turn numbers stay far below 2^62
 
 # Fields that may differ between a run and its continuation: none of them changes what is computed up to the old end.
@@ -53,9 +55,17 @@ class Config:
         "shard", "shard: each sample once per epoch across workers; independent: every worker draws from the whole set"
     )
     seed: int = flag(0, "seed of the start, the order of samples, crops, flips and dropout")
-    turns: Literal["strict", "free"] = flag(
-        "strict", "order of visits to the center: strict is reproducible, free waits for no slow worker"
+    turns: Literal["strict", "free", "none", "together"] | None = flag(
+        None,
+        "order of visits to the center: strict is reproducible, free waits for no slow worker, none lets all write at "
+        "once, together is the rendezvous of the synchronous rules; default the first that the rule is defined for",
     )
+    schedule: Literal["constant", "step", "cosine", "sqrt"] = flag(
+        "constant", "step size over each worker's own steps; sqrt is lr/√(t + 1)"
+    )
+    warmup: int = flag(0, "steps in which the step size grows from nothing to what the schedule says")
+    lr_step: int | None = flag(None, "schedule step: steps from one decay to the next")
+    lr_decay: float | None = flag(None, "schedule step: factor of each decay; default 0.1")
     precision: Literal["fp32", "bf16"] = flag("fp32", "precision of forward and backward; x, c and g stay float32")
     buffers: Literal["average", "recalibrate"] = flag(
         "average",
@@ -80,8 +90,16 @@ class Config:
             object.__setattr__(self, "workers", 1 if self.rule.sequential else WORKERS)
         if self.steps is None and self.epochs is None:
             object.__setattr__(self, "steps", 500)
+        if self.turns is None:
+            object.__setattr__(self, "turns", self.rule.orders[0])
         self._check_counts()
         self._check_choices()
+        self._check_schedule()
+        if self.turns not in self.rule.orders:
+            raise ValueError(
+                f"turns={self.turns}: the rule {self.rule.name} is defined for turns={' or '.join(self.rule.orders)}; "
+                f"leave turns out for {self.rule.orders[0]}."
+            )
         if self.rule.sequential and self.workers != 1:
             raise ValueError(
                 f"workers={self.workers}: the rule {self.rule.name} is sequential; use workers=1, or the rule easgd."
@@ -94,7 +112,7 @@ class Config:
     def _check_counts(self) -> None:
         least = {"workers": 1, "steps": 1, "batch_size": 1, "eval_samples": 1, "keep": 1, "threads": 1, "image_size": 8,
                  "block_bytes": 64,
-                 "seed": 0, "eval_every": 0, "checkpoint_every": 0}  # fmt: skip
+                 "seed": 0, "warmup": 0, "lr_step": 1, "eval_every": 0, "checkpoint_every": 0}  # fmt: skip
         for name, limit in least.items():
             value = getattr(self, name)
             if value is not None and value < limit:
@@ -114,10 +132,28 @@ class Config:
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed}: must be below 2^63; choose a smaller one.")
 
+    def _check_schedule(self) -> None:
+        for name in ("lr_step", "lr_decay"):
+            value = getattr(self, name)
+            if value is not None and self.schedule != "step":
+                raise ValueError(
+                    f"{name}={value}: belongs to the schedule step, but schedule={self.schedule}; leave it out, or use "
+                    f"schedule=step."
+                )
+        if self.schedule == "step" and self.lr_step is None:
+            raise ValueError("schedule=step: after how many steps the step size decays is missing; give lr_step.")
+        if self.lr_decay is not None and not 0 < self.lr_decay <= 1:
+            raise ValueError(f"lr_decay={self.lr_decay}: the factor of a decay must lie in (0, 1]; try 0.1.")
+
+    def learning_rate(self, steps: int) -> LearningRate:
+        """η as a function of the worker's clock, in a run of `steps` steps."""
+        decay = LR_DECAY if self.lr_decay is None else self.lr_decay
+        return LearningRate(self.schedule, self.rule.lr, steps, self.warmup, self.lr_step or 1, decay)
+
     def _check_choices(self) -> None:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value not in choices:
+            if value not in choices and value is not None:
                 raise ValueError(f"{name}={value}: must be one of {', '.join(choices)}; choose one of them.")
 
     def to_json(self) -> dict[str, Any]:
@@ -143,8 +179,14 @@ class Config:
             ) from error
 
 
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The words that a field with this annotation may hold; none for one that holds something else."""
+    literal = next((one for one in (hint, *get_args(hint)) if get_origin(one) is Literal), None)
+    return get_args(literal)
+
+
 CHOICES: dict[str, tuple[str, ...]] = {
-    name: get_args(hint) for name, hint in get_type_hints(Config).items() if get_origin(hint) is Literal
+    name: choices for name, hint in get_type_hints(Config).items() if (choices := _choices(hint))
 }
 
 
@@ -152,8 +194,10 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The fields, and the rule's hyperparameters, in which `new` may not continue `old`: name -> (old, new)."""
     found: dict[str, tuple[Any, Any]] = {}
     before, after = old.to_json(), new.to_json()
+    # A cosine ends with the run, so in a longer run it would have been another one from the start.
+    allowed = RESUMABLE - {"steps", "epochs"} if old.schedule == "cosine" else RESUMABLE
     for name in before:
-        if name not in RESUMABLE | {"faults", "rule"} and before[name] != after[name]:
+        if name not in allowed | {"faults", "rule"} and before[name] != after[name]:
             found[name] = (before[name], after[name])
     for name in before["rule"] | after["rule"]:
         pair = before["rule"].get(name), after["rule"].get(name)

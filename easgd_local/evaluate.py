@@ -101,7 +101,8 @@ def main(conn: Connection, fds: list[int], plan: Plan, description: dict[str, An
     flat.bind(copy)
     conn.send(("ready",))
     while conn.recv() is not None:
-        np.copyto(copy, center.snapshot["c"])
+        np.copyto(copy, center.snapshot[plan.rule.reported])
+        np.copyto(copy[flat.buffers], center.snapshot["c"][flat.buffers])
         conn.send(("taken",))
         began = time.perf_counter()
         if plan.buffers == "recalibrate":

@@ -7,7 +7,9 @@ multiples of 16 floats (a 64-byte line); the floats between them are zero and st
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +66,11 @@ class Flat:
         self.parameters = sum(tensor.numel() for _, tensor in trained + frozen)
         self.buffers = slice(_aligned(max(e.stop for e in self.entries if not e.is_buffer)), self.n)
 
+    @property
+    def trained(self) -> list[Entry]:
+        """The trainable parameters, in the model's order."""
+        return [entry for entry in self.entries if entry.start < self.trainable]
+
     def values(self) -> NDArray[np.float32]:
         """A copy of the model's present values as a vector of n floats."""
         x = np.zeros(self.n, np.float32)
@@ -84,6 +91,21 @@ class Flat:
         for entry, tensor in zip(self.entries, self._tensors, strict=True):
             if tensor.requires_grad:
                 tensor.grad = flat[entry.start : entry.stop].view(entry.shape)
+
+    @contextlib.contextmanager
+    def training(self, only: slice | None) -> Iterator[None]:
+        """Meanwhile only the trainable parameters within these coordinates require a gradient; None: all of them."""
+        resting = [] if only is None else [
+            tensor for entry, tensor in zip(self.entries, self._tensors, strict=True)
+            if tensor.requires_grad and not only.start <= entry.start < only.stop
+        ]  # fmt: skip
+        for tensor in resting:
+            tensor.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for tensor in resting:
+                tensor.requires_grad_(True)
 
     def state_dict(self, x: NDArray[np.float32]) -> dict[str, Tensor]:
         """The model's state dict with the values of x, as copies; integer buffers keep the model's own values."""

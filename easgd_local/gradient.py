@@ -39,19 +39,28 @@ class Gradient:
         self._next_t = -1
         self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
 
-    def __call__(self, ops: CpuOps, t: int, at: Vector) -> Vector:
-        """g at the point `at`, on the minibatch of clock t; also refreshes `loss` and the buffers in `at`."""
+    @property
+    def layers(self) -> list[slice]:
+        """The coordinates of each trainable parameter tensor, in the model's order."""
+        return [slice(entry.start, entry.stop) for entry in self.flat.trained]
+
+    def __call__(self, ops: CpuOps, t: int, at: Vector, only: slice | None = None) -> Vector:
+        """g at the point `at`, on the minibatch of clock t; also refreshes `loss` and the buffers in `at`.
+
+        With `only`, the coordinates of some whole layers, zero elsewhere: the backward pass then computes no gradient
+        of other parameters and ends below the first of these layers.
+        """
         if at is not self._bound:
             self.flat.bind(at)
             self._bound = at
         inputs, targets, seed = self._minibatch(t)
         torch.manual_seed(seed)
         ops.fill(self._g, 0.0)
-        with autocast(self._precision):
+        with self.flat.training(only), autocast(self._precision):
             loss = F.cross_entropy(self._model(inputs), targets)
         loss.backward()
         self.loss = loss.item()
-        trained = slice(0, self.flat.trainable)
+        trained = slice(0, self.flat.trainable) if only is None else only
         if self._weight_decay:
             ops.add_decay(self._g[trained], at[trained], self._weight_decay)  # g <- g + λx
         return self._g

@@ -1,4 +1,4 @@
-"""Starts the processes of a run, watches over them, passes the turns of those that are gone, cleans up.
+"""Starts the processes of a run, watches over them, cleans up.
 
 Never touches CUDA. A worker's death is its exit, observed through a pidfd and reaped, never a time-out: a supervisor
 that guesses would pass the turn of a worker that still writes.
@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from easgd_local import child
-from easgd_local.center import Center
-from easgd_local.schedules import Calendar
-from easgd_local.turns import Arbiter, pass_turns
 
-NEVER = 2**62  # a turn number and a round that nobody reaches
 DESCENDANTS_S = 2.0  # how long to wait for the killed descendants of a dead child
 
 
@@ -205,69 +200,3 @@ def any_alive(group: int) -> bool:
                 if int(pgrp) == group and state not in "ZX":
                     return True
     return False
-
-
-class Referee(threading.Thread):
-    """Passes the turns of workers that are gone (strict), or grants blocks as they are asked for (free).
-
-    A thread of the launcher, and the launcher is the only writer of these words, because the gone write nothing.
-    """
-
-    IDLE_S, BUSY_S = 0.02, 0.5e-3
-
-    def __init__(self, center: Center, calendar: Calendar, *, strict: bool) -> None:
-        super().__init__(name="easgd-referee", daemon=True)
-        self._center, self._calendar, self._strict = center, calendar, strict
-        self._arbiter = Arbiter(center)
-        self._gone: dict[int, int] = {}
-        self._lock, self._ends = threading.Lock(), threading.Event()
-
-    def retire(self, rank: int) -> None:
-        """Worker `rank` has exited: its turns are passed from now on."""
-        with self._lock:
-            self._gone[rank] = NEVER
-
-    def readmit(self, rank: int) -> int:
-        """A new worker takes this rank; returns the first round that will wait for it."""
-        center = self._center
-        with self._lock:
-            # No turn of a later round than the newest can have been passed, and none will be.
-            first = max(center.turn[b] for b in range(center.layout.blocks)) // center.layout.workers + 1
-            if self._strict:
-                self._gone[rank] = first
-            else:
-                del self._gone[rank]
-            return first
-
-    def run(self) -> None:
-        """Until the context is left."""
-        while not self._ends.wait(self._pause_s()):
-            busy = True
-            while busy:
-                with self._lock:
-                    busy = self._pass() if self._strict else self._arbiter.grant(self._gone)
-
-    def __enter__(self) -> Referee:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._ends.set()
-        self.join()
-
-    def _pause_s(self) -> float:
-        return self.BUSY_S if self._gone or not self._strict else self.IDLE_S
-
-    def _pass(self) -> bool:
-        center, p = self._center, self._center.layout.workers
-        for b, s in pass_turns(center.turn, self._gone, p, center.layout.blocks):
-            round = s // p
-            if s % p == p - 1 and self._calendar.snapshot_after(round):
-                earlier = self._calendar.previous_snapshot(round)
-                if earlier is not None and center.taken[0] <= earlier:
-                    continue  # the earlier snapshot is still being read: next time
-                center.take_snapshot(center.layout.block(b))
-            # Only now, in order: a later turn of this block in the list is passed on a turn word that has got there.
-            if center.turn[b] == s:
-                center.turn[b] = s + 1
-        return False

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from easgd_local import checkpoint, data, hardware, models
-from easgd_local.center import Center, Layout
+from easgd_local.center import UPDATES, Center, Layout
 from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
 from easgd_local.data import Dataset
 from easgd_local.flat import Flat
+from easgd_local.partition import partition
+from easgd_local.rules.base import Rule
 from easgd_local.runfolder import claim, lock, saved_config, write_config
 from easgd_local.schedules import Calendar
 from easgd_local.worker import Plan, Start
@@ -78,6 +80,8 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
             _check_work_left(config, plan.calendar.steps, manifest.t, resume)
         plan.sampler(0, len(dataset.train))  # says so when there are too few samples
         flat = Flat(_model(plan))
+        if plan.rule.divides:
+            partition([entry.stop - entry.start for entry in flat.trained], plan.layout.workers)  # says if too few
         plan = replace(plan, layout=replace(plan.layout, n=flat.n))
         _check_room(plan)
         center = undo.enter_context(Center.create(plan.layout))
@@ -85,7 +89,7 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
         if data_fd is not None:
             undo.callback(os.close, data_fd)
         if manifest is None or resume is None:
-            center.vectors["c"][:] = flat.values()
+            _start(center, plan, flat)
             starts, t, seconds = {rank: Start() for rank in range(plan.layout.workers)}, 0, 0.0
             plan = replace(plan, folder=claim(config, _effective(plan)))
             lock_fd = lock(plan.folder, undo)
@@ -147,6 +151,7 @@ def _check_device(device: str) -> None:
 def _plan(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
     workers = config.workers
     assert workers is not None
+    assert config.turns is not None
     steps = config.steps
     if steps is None:
         assert config.epochs is not None
@@ -163,8 +168,9 @@ def _plan(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
         )
     plan = Plan(
         rule=config.rule,
+        learning_rate=config.learning_rate(steps),
         calendar=Calendar(config.rule.period, steps, evaluate_every, config.checkpoint_every),
-        layout=Layout(workers, 0, ("c", *config.rule.shared), config.block_bytes),
+        layout=Layout(workers, 0, _shared(config.rule, workers), config.block_bytes),
         model=config.model,
         shape=dataset.input_shape,
         classes=len(dataset.classes),
@@ -244,9 +250,13 @@ def _restore(
             f"{folder}: holds a model of {manifest.n:,} floats instead of {plan.layout.n:,}; the data folder or the "
             f"model has changed since, so start a new run."
         )
-    for name, vector in checkpoint.load_vectors(folder, "center.safetensors").items():
-        center.vectors[name][:] = vector
+    saved = checkpoint.load_vectors(folder, "center.safetensors")
     workers, clocks = plan.layout.workers, manifest.clocks
+    if workers == manifest.workers:
+        center.restore(saved)
+    else:  # what was allotted to the workers of before is nobody's now
+        center.restore({name: saved[name] for name in ("c", *plan.rule.shared, UPDATES)})
+        _copy_center(center, [f"{name}{i}" for name in plan.rule.allotted for i in range(workers)])
     if workers != manifest.workers:
         warnings.append(
             f"continuing from the center with {workers} workers instead of {manifest.workers}: every worker starts at "
@@ -257,6 +267,24 @@ def _restore(
         names = ", ".join(map(str, missing))
         warnings.append(f"worker {names} had died before the checkpoint and starts again from the center.")
     return {rank: Start(clocks.get(rank, manifest.t), folder if rank in clocks else None) for rank in range(workers)}
+
+
+def _shared(rule: Rule, workers: int) -> tuple[str, ...]:
+    """The names of the center's vectors."""
+    return "c", *rule.shared, *(f"{name}{i}" for name in rule.allotted for i in range(workers))
+
+
+def _start(center: Center, plan: Plan, flat: Flat) -> None:
+    """The center at step 0: c as the model starts, the vectors that the rule says as copies of it, zeros."""
+    center.vectors["c"][:] = flat.values()
+    rule, workers = plan.rule, plan.layout.workers
+    _copy_center(center, [name for name in rule.shared if name in rule.copies])
+    _copy_center(center, [f"{name}{i}" for name in rule.allotted if name in rule.copies for i in range(workers)])
+
+
+def _copy_center(center: Center, names: list[str]) -> None:
+    for name in names:
+        center.vectors[name][:] = center.vectors["c"]
 
 
 def _set_turns(center: Center, rounds: int) -> None:

@@ -18,9 +18,10 @@ import safetensors.torch
 from easgd_local import checkpoint, evaluate, metrics, report, worker
 from easgd_local.backend.cpu import Vector
 from easgd_local.config import Config
-from easgd_local.launcher import NEVER, Child, Launcher, Message, Referee, warm_up
+from easgd_local.launcher import Child, Launcher, Message, warm_up
 from easgd_local.metrics import Listener, Metrics
 from easgd_local.prepare import Prepared, prepare
+from easgd_local.referee import NEVER, Referee
 from easgd_local.summary import Clock, Tally, is_finite, summarize
 from easgd_local.worker import Start
 
@@ -49,7 +50,7 @@ class Run:
         self._prepared, self._listeners, self._plan = prepared, list(listeners), prepared.plan
         self._center, self._calendar, self._folder = prepared.center, prepared.plan.calendar, prepared.plan.folder
         self._ranks = range(self._plan.layout.workers)
-        self._strict = self._plan.turns == "strict"
+        self._in_rounds = self._plan.in_rounds
         self._clock = Clock(prepared.seconds)
         self._tallies = [Tally(rank) for rank in self._ranks]
         self._reloads = [0] * len(self._tallies)  # how often a worker's values were not finite
@@ -57,7 +58,10 @@ class Run:
         self._workers: dict[int, Child] = {}
         self._evaluator: Child | None = None
         self._assembly = checkpoint.Assembly(
-            self._folder, config=prepared.config.to_json(), workers=len(self._ranks), n=self._plan.layout.n,
+            self._folder,
+            config=prepared.config.to_json(),
+            workers=len(self._ranks),
+            n=self._plan.layout.n,
             keep=prepared.config.keep,
         )
         self._next_round = self._calendar.next_snapshot(self._calendar.rounds_before(prepared.t))
@@ -80,7 +84,7 @@ class Run:
             Metrics(self._folder, self._listeners + tensorboard, resume_t=self._prepared.t) as self._metrics,
             _signals(self._interrupt),
             Launcher(self._folder / "logs") as self._launcher,
-            Referee(self._center, self._calendar, strict=self._strict) as self._referee,
+            Referee(self._center, self._calendar, self._plan.rule, self._plan.turns) as self._referee,
         ):
             self._start()
             self._supervise()
@@ -113,7 +117,7 @@ class Run:
         for rank, start in prepared.starts.items():
             self._start_worker(rank, start)
         if prepared.t == 0:
-            self._center.take_snapshot()
+            self._center.take_whole_snapshot()
             self._ask(-1, 0)
         while self._workers and (self._asked or not all("ready" in one.said for one in self._workers.values())):
             self._step(BUSY_S)
@@ -137,7 +141,7 @@ class Run:
             if self._interrupts and not self._stop_reason and not self._center.leave[0]:
                 self._stop_reason = "interrupted"
             if not (self._asked or self._due or self._stop_reason):
-                self._watch_rounds() if self._strict else self._watch_clocks()
+                self._watch_rounds() if self._in_rounds else self._watch_clocks()
                 self._dismiss_finished()
             self._hold_or_release()
         self._launcher.kill_all(self._workers.values())
@@ -151,10 +155,11 @@ class Run:
     def _finish(self) -> None:
         """Nobody steps any more: the last checkpoint and evaluation see the center as it is."""
         self._clock.stop()
+        self._center.take_whole_snapshot()
         if self._stop_t >= 0 and self._interrupts < 2 and not self._diverged:
-            self._assembly.add_center(self._stop_t, _copies(self._center.vectors))
+            self._assembly.add_center(self._stop_t, self._center.state())
         elif self._finished() and self._calendar.checkpoint_every:
-            self._assembly.add_center(self._calendar.steps, _copies(self._center.vectors))
+            self._assembly.add_center(self._calendar.steps, self._center.state())
         self._commit()
         checkpoint.discard_partial(self._folder)
         if self._finished():
@@ -163,7 +168,7 @@ class Run:
     def _evaluate_now(self, round: int, t: int) -> None:
         while self._asked and self._interrupts < 2:
             self._step(BUSY_S)
-        self._center.take_snapshot()
+        self._center.take_whole_snapshot()
         self._ask(round, t)
         while self._asked and self._interrupts < 2:
             self._step(BUSY_S)
@@ -179,7 +184,9 @@ class Run:
             failures=self._failures, warnings=self._warnings,
         )  # fmt: skip
         self._event("end", t=summary["steps"], status=summary["status"])
-        c = self._center.vectors["c"].copy()
+        c = self._center.vectors[self._plan.rule.reported].copy()
+        if self._plan.rule.reported != "c":
+            c[self._prepared.flat.buffers] = self._center.vectors["c"][self._prepared.flat.buffers]
         if self._plan.buffers == "recalibrate" and self._buffers is not None:
             c[self._prepared.flat.buffers] = self._buffers
         state = self._prepared.flat.state_dict(c)
@@ -254,7 +261,7 @@ class Run:
 
     def _readmit(self, rank: int) -> None:
         round = self._referee.readmit(rank)
-        t = round * self._calendar.tau if self._strict else max(self._center.clock[i] for i in self._ranks)
+        t = round * self._calendar.tau if self._in_rounds else max(self._center.clock[i] for i in self._ranks)
         self._tallies[rank].state, self._tallies[rank].steps, self._joined[rank] = "training", t, t
         self._event("respawn", rank=rank, t=t)
         _tell(self._workers[rank], t)
@@ -279,7 +286,7 @@ class Run:
         if any(self._center.turn[b] < complete for b in range(self._plan.layout.blocks)):
             return
         for t in self._calendar.checkpoint_steps(round):
-            self._assembly.add_center(t, _copies(self._center.snapshot))
+            self._assembly.add_center(t, self._center.state())
         self._commit()
         self._next_round = self._calendar.next_snapshot(round + 1)
         evaluations = self._calendar.evaluation_steps(round)
@@ -330,12 +337,12 @@ class Run:
 
     def _act_while_held(self, round: int, t: int) -> None:
         self._due, evaluates = None, True
-        if not self._strict:
+        if not self._in_rounds:
             evaluates, saves = (period > 0 and t // period > self._mean_t // period for period in self._periods())
             self._mean_t = t
-            self._center.take_snapshot()
+            self._center.take_whole_snapshot()
             if saves:
-                self._assembly.add_center(t, _copies(self._center.snapshot))
+                self._assembly.add_center(t, self._center.state())
                 self._center.save[0] = t + 1
         if evaluates:
             self._ask(round, t)
@@ -348,7 +355,7 @@ class Run:
         self._launcher.kill_all(one for rank, one in self._workers.items() if self._tallies[rank].state == "starting")
         self._due = self._asked = None
         center.taken[0] = NEVER  # nobody reads snapshots any more, so nobody waits to write one
-        if self._strict:
+        if self._in_rounds:
             ahead = any(self._tallies[rank].state == "finished" for rank in self._workers)
             earliest = max((center.earliest_stop[rank] for rank in ranks), default=self._calendar.steps)
             self._stop_t = self._calendar.steps if ahead else earliest
@@ -415,10 +422,6 @@ class Run:
 def _tell(one: Child, word: int) -> None:
     with contextlib.suppress(OSError):  # dead already: its exit is about to be told
         one.conn.send(word)
-
-
-def _copies(vectors: dict[str, Vector]) -> dict[str, Vector]:
-    return {name: vector.copy() for name, vector in vectors.items()}
 
 
 @contextlib.contextmanager

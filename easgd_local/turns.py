@@ -48,7 +48,14 @@ def walk(rank: int, workers: int, blocks: int) -> list[int]:
     return [(rank + step) % workers * q + j for step in range(workers) for j in range(q)]
 
 
-def pass_turns(turn: Words, gone: dict[int, int], workers: int, blocks: int) -> list[tuple[int, int]]:
+def by_rank(block: int, turn: int, workers: int, blocks: int) -> int:
+    """The worker whose visit of the block is number `turn` in a rendezvous."""
+    return turn % workers
+
+
+def pass_turns(
+    turn: Words, gone: dict[int, int], workers: int, blocks: int, owner: Callable[[int, int, int, int], int] = owner
+) -> list[tuple[int, int]]:
     """The turns to pass now in place of workers that are gone: pairs (block, turn number), in the order to pass them.
 
     `gone[i] = k` means that worker i makes none of its visits before its k-th exchange. A dead or finished worker
@@ -69,9 +76,15 @@ def pass_turns(turn: Words, gone: dict[int, int], workers: int, blocks: int) -> 
 
 
 class Turns(Protocol):
-    """A worker's way to the center."""
+    """A worker's way to the center.
+
+    `update` is the number, from 1, of the update of the block in hand; `stale` how many others' updates this worker
+    found at most, in any block, since its own last visit.
+    """
 
     round: int
+    update: int
+    stale: int
     wait_s: float
     waited_for_s: list[float]
 
@@ -79,13 +92,15 @@ class Turns(Protocol):
 
 
 class _Waiting:
-    """What both orders share: waiting that yields, names the late worker, holds and aborts when asked."""
+    """What all orders share: waiting that yields, names the late worker, holds and aborts when asked."""
 
     def __init__(self, center: Center, rank: int, hold: Callable[[], None]) -> None:
         self.center, self.rank, self._hold = center, rank, hold
         self.workers, self.blocks = center.layout.workers, center.layout.blocks
         self.wait_s = 0.0
         self.waited_for_s = [0.0] * self.workers
+        self.update, self.stale = 0, 0
+        self._seen = [center.updates[b] for b in range(self.blocks)]
 
     def _wait(self, ready: Callable[[], bool], late: Callable[[], int]) -> None:
         """Returns once `ready()`; adds the time to the account of the worker that `late()` names meanwhile."""
@@ -116,47 +131,127 @@ class _Waiting:
             late = further - 1
         return late
 
+    def _take(self, b: int) -> None:
+        """Block b is in hand: its next update is ours."""
+        before = self.center.updates[b]
+        self.update, self.stale = before + 1, max(self.stale, before - self._seen[b])
 
-class StrictTurns(_Waiting):
-    """The Latin square: every block sees the workers in one fixed cyclic order. The default; reproducible.
+    def _count(self, b: int) -> None:
+        """Our update of block b is made, and it is still in hand."""
+        self.center.updates[b] = self._seen[b] = self.update
 
-    In a round that ends in a snapshot the last visitor of each block also copies the block to the snapshot area, so
-    that the area holds the center exactly as it is after that round.
+
+class _Rounds(_Waiting):
+    """What the orders with common rounds share: p turns of each block in each round, one for every worker.
+
+    The last visitor of a block in a round closes it (what the rule does once for all workers), and in a round that
+    ends in a snapshot it also copies the block to the snapshot area, so that the area holds the center exactly as it
+    is after that round.
     """
 
     def __init__(
-        self, center: Center, rank: int, calendar: Calendar, hold: Callable[[], None], first_round: int
-    ) -> None:
+        self, center: Center, rank: int, calendar: Calendar, hold: Callable[[], None], first_round: int,
+        close: Callable[[slice], None] = lambda block: None,
+    ) -> None:  # fmt: skip
         super().__init__(center, rank, hold)
-        self.round, self._calendar = first_round, calendar
-        self._walk = walk(rank, self.workers, self.blocks)
+        self.round, self._calendar, self._close = first_round, calendar, close
 
     def visit(self) -> Iterator[slice]:
         """One exchange: yields the blocks in turn, holding each during its pass of the caller's loop."""
-        turn, p, G = self.center.turn, self.workers, self.blocks
-        snapshot = self._calendar.snapshot_after(self.round)
-        for b in self._walk:
-            place = position(b, self.rank, p, G)
-            s = self.round * p + place
-            if turn[b] < s:
-                self._wait(lambda b=b, s=s: turn[b] >= s, lambda b=b: owner(b, turn[b], p, G))  # type: ignore[misc]
-            if self.center.abort[0]:  # an abort stores 2^62 in every turn word, which looks like a turn
-                raise Aborted
-            assert turn[b] == s, f"block {b}: turn {turn[b]} instead of {s}"
-            block = self.center.layout.block(b)
-            yield block
-            if snapshot and place == p - 1:
-                self._write_snapshot(block)
-            turn[b] = s + 1
-        self.round += 1
+        raise NotImplementedError
 
-    def _write_snapshot(self, block: slice) -> None:
+    def _late(self, b: int) -> int:
+        """The worker whose turn of block b it is."""
+        raise NotImplementedError
+
+    def _await_turn(self, b: int, s: int) -> None:
+        """Returns when s turns of block b are complete."""
+        turn = self.center.turn
+        if turn[b] < s:
+            self._wait(lambda: turn[b] >= s, lambda: self._late(b))
+        if self.center.abort[0]:  # an abort stores 2^62 in every turn word, which looks like a turn
+            raise Aborted
+
+    def _visit(self, b: int, place: int, snapshot: bool) -> Iterator[slice]:
+        """One block: yields it when `place` others have visited it in this round, and hands it on afterwards."""
+        turn, s = self.center.turn, self.round * self.workers + place
+        self._await_turn(b, s)
+        assert turn[b] == s, f"block {b}: turn {turn[b]} instead of {s}"
+        block = self.center.layout.block(b)
+        self._take(b)
+        yield block
+        self._count(b)
+        self.center.visited[b] = self.round + 1
+        if place == self.workers - 1:
+            self._close(block)
+            if snapshot:
+                self._write_snapshot(b)
+        turn[b] = s + 1
+
+    def _write_snapshot(self, b: int) -> None:
         # 1. The launcher still reads the snapshot of an earlier round, 2. we overwrite it: hence wait until taken.
         earlier = self._calendar.previous_snapshot(self.round)
         taken = self.center.taken
         if earlier is not None and taken[0] <= earlier:
             self._wait(lambda: taken[0] > earlier, lambda: self.rank)
-        self.center.take_snapshot(block)
+        self.center.take_snapshot(b)
+
+
+class StrictTurns(_Rounds):
+    """The Latin square: every block sees the workers in one fixed cyclic order. The default; reproducible."""
+
+    def visit(self) -> Iterator[slice]:
+        """One exchange: yields the blocks in turn, holding each during its pass of the caller's loop."""
+        snapshot = self._calendar.snapshot_after(self.round)
+        for b in walk(self.rank, self.workers, self.blocks):
+            yield from self._visit(b, position(b, self.rank, self.workers, self.blocks), snapshot)
+        self.round += 1
+
+    def _late(self, b: int) -> int:
+        return owner(b, self.center.turn[b], self.workers, self.blocks)
+
+
+class TogetherTurns(_Rounds):
+    """Rendezvous: all workers read the center as it was before the round, then visit every block in the order of their
+    ranks. For synchronous rules; reproducible.
+    """
+
+    def read(self) -> Iterator[slice]:
+        """Yields the blocks, to be read only: each as it is before our visit of this round, after all of the last."""
+        for b in range(self.blocks):
+            self._await_turn(b, self.round * self.workers)
+            yield self.center.layout.block(b)
+
+    def visit(self) -> Iterator[slice]:
+        """One exchange: yields the blocks in turn, when everybody has read them."""
+        read, snapshot = self.center.read, self._calendar.snapshot_after(self.round)
+        read[self.rank] = self.round + 1
+        for i in range(self.workers):
+            if read[i] <= self.round:
+                self._wait(lambda i=i: read[i] > self.round, lambda i=i: i)  # type: ignore[misc]
+        for b in range(self.blocks):
+            yield from self._visit(b, self.rank, snapshot)
+        self.round += 1
+
+    def _late(self, b: int) -> int:
+        return by_rank(b, self.center.turn[b], self.workers, self.blocks)
+
+
+class NoTurns(_Waiting):
+    """Hogwild: everybody at once, whenever it likes. Not reproducible.
+
+    A worker's addition to a coordinate of the center is lost when another one reads the coordinate before it is
+    written and writes it after. Coordinates are never torn: each is always a number that somebody has written.
+    """
+
+    round = 0
+
+    def visit(self) -> Iterator[slice]:
+        """One exchange: yields the blocks without waiting for anybody."""
+        for b in walk(self.rank, self.workers, self.blocks):
+            if self.center.abort[0]:
+                raise Aborted
+            yield self.center.layout.block(b)
 
 
 class FreeTurns(_Waiting):
@@ -191,7 +286,9 @@ class FreeTurns(_Waiting):
             for b in granted:
                 if center.abort[0]:
                     raise Aborted
+                self._take(b)
                 yield center.layout.block(b)
+                self._count(b)
                 center.done[base + b] = number
                 pending.remove(b)
         self.round = number

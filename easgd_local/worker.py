@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +17,12 @@ from easgd_local import checkpoint, data, faults, models
 from easgd_local.backend.cpu import CpuOps, Vector, vector
 from easgd_local.center import Center, Layout
 from easgd_local.gradient import Gradient
+from easgd_local.learning_rate import LearningRate
+from easgd_local.optimizers import STEPS, Optimizer
+from easgd_local.partition import overlap, partition
 from easgd_local.rules.base import Rule
 from easgd_local.schedules import Calendar
-from easgd_local.turns import Aborted, FreeTurns, StrictTurns, Turns
+from easgd_local.turns import Aborted, FreeTurns, NoTurns, StrictTurns, TogetherTurns, Turns
 
 REPORT_S = 2.0  # a slow worker reports at least this often
 
@@ -35,7 +39,9 @@ class GradientOf(Protocol):
     loss: float
     samples_per_step: int
 
-    def __call__(self, ops: CpuOps, t: int, at: Vector) -> Vector: ...
+    @property
+    def layers(self) -> list[slice]: ...
+    def __call__(self, ops: CpuOps, t: int, at: Vector, only: slice | None = None) -> Vector: ...
     def zero(self, ops: CpuOps) -> Vector: ...
     def close(self) -> None: ...
 
@@ -45,6 +51,7 @@ class Plan:
     """Everything that the processes of a run must agree on, fully resolved: a function of the configuration."""
 
     rule: Rule
+    learning_rate: LearningRate
     calendar: Calendar
     layout: Layout
     model: str
@@ -63,6 +70,11 @@ class Plan:
     evaluation_samples: int
     faults: tuple[faults.Fault, ...] = ()
 
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the order of turns has common rounds, so that "the center after round k" is one exact vector."""
+        return self.turns in ("strict", "together")
+
     def sampler(self, rank: int, samples: int) -> data.Sampler:
         """The order of samples of worker `rank`."""
         order = data.shard if self.sampling == "shard" else data.independent
@@ -72,7 +84,9 @@ class Plan:
 class Worker:
     """What a rule may touch: x, c and its other named vectors, the clock t, `grad`, `turns` and the operations.
 
-    Vectors have n floats; `x` and the local ones belong to this process, `c` and the shared ones to all.
+    Vectors have n floats; `x` and the local ones belong to this process, `c` and the shared ones to all. Buffers
+    are the worker's own affair: at each exchange it adds its share to the center's and takes them over,
+    c <- c + (x - c)/p, x <- c, and rules see nothing of it.
     """
 
     def __init__(
@@ -82,19 +96,36 @@ class Worker:
         self._first_t = t  # where it takes up: a checkpoint of this step exists
         self.ops, self._gradient, self._post = CpuOps(), gradient, post
         self._center, self._plan, self._rule = center, plan, plan.rule
-        rule = plan.rule
-        self._kept = {name: vector(gradient.n) for name in ("x", *rule.local)}
-        self._vectors = self._kept | {name: vector(gradient.n) for name in rule.scratch} | center.vectors
-        self._strict = plan.turns == "strict"
-        self._turns: Turns = (
-            StrictTurns(center, rank, plan.calendar, self._hold_in_wait, plan.calendar.rounds_before(t))
-            if self._strict
-            else FreeTurns(center, rank, lambda: None)
-        )
+        self._exchanged_buffers = vector(gradient.buffers.stop - gradient.buffers.start)
+        self._allocate()
+        self._turns = self._order(t)
         self._reloaded, self._saved_label = False, center.save[0]
         self._made = self._reported = self._exchanges = 0  # steps made, steps reported, exchanges made
         self._turns_s, self._losses = 0.0, 0.0
         self._reported_at = time.perf_counter()
+
+    def _allocate(self) -> None:
+        rule, n = self._rule, self._gradient.n
+        self._kept = {name: vector(n) for name in ("x", *rule.local)}
+        self._vectors = self._kept | {name: vector(n) for name in rule.scratch} | self._center.vectors
+        self._vectors |= {name: self._center.vectors[f"{name}{self.rank}"] for name in rule.allotted}
+        if rule.optimizer:
+            trained = slice(0, self._gradient.layers[-1].stop)
+            self._kept[STEPS] = vector(1)
+            state = {name: self._kept[name][trained] for name in rule.local} | {STEPS: self._kept[STEPS]}
+            decay = self._plan.weight_decay if rule.decoupled else 0.0
+            self._optimizer, self._trained = Optimizer(rule.optimizer, self.x[trained], state, decay), trained
+
+    def _order(self, t: int) -> Turns:
+        center, rank, plan = self._center, self.rank, self._plan
+        match plan.turns:
+            case "free":
+                return FreeTurns(center, rank, lambda: None)
+            case "none":
+                return NoTurns(center, rank, lambda: None)
+        rounds = {"strict": StrictTurns, "together": TogetherTurns}[plan.turns]
+        first = plan.calendar.rounds_before(t)
+        return rounds(center, rank, plan.calendar, self._hold_in_wait, first, lambda b: self._rule.close(self, b))
 
     def __getattr__(self, name: str) -> Vector:
         try:
@@ -107,14 +138,27 @@ class Worker:
     @property
     def lr(self) -> float:
         """η at the present t."""
-        return self._rule.lr
+        return self._plan.learning_rate(self.t)
+
+    @property
+    def update(self) -> int:
+        """The number, from 1, of the update of the block in hand."""
+        return self._turns.update
+
+    @cached_property
+    def own(self) -> slice:
+        """The coordinates of the layers that this worker owns."""
+        layers = self._gradient.layers
+        mine = partition([layer.stop - layer.start for layer in layers], self.workers)[self.rank]
+        return slice(layers[mine[0]].start, layers[mine[-1]].stop)
 
     def turns(self) -> Iterator[slice]:
         """One exchange with the center, block by block, each held during its pass of the loop."""
         began, waited = time.perf_counter(), self._turns.wait_s
         dies = faults.due(self._plan.faults, "kill-in-exchange", self.rank, self.t)
         for number, block in enumerate(self._turns.visit()):
-            yield block
+            yield overlap(block, slice(0, self._gradient.buffers.start))
+            self._exchange_buffers(overlap(block, self._gradient.buffers))
             if dies and number == self._center.layout.blocks // 2:
                 faults.kill()
         self._exchanges += 1
@@ -122,16 +166,35 @@ class Worker:
         if self.ops.nonfinite:
             self._reload()
 
-    def grad(self, at: Vector | None = None) -> Vector:
-        """g at `at` (default x) on the minibatch of clock t. Read-only; valid until the next call."""
+    def read(self) -> Iterator[slice]:
+        """The blocks of the center, to be read only, in a rendezvous."""
+        assert isinstance(self._turns, TogetherTurns), "only a rendezvous has a time for reading"
+        for block in self._turns.read():
+            yield overlap(block, slice(0, self._gradient.buffers.start))
+
+    def _exchange_buffers(self, b: slice) -> None:
+        d = self._exchanged_buffers[: b.stop - b.start]
+        self.ops.difference(d, self.x[b], self.c[b], 1 / self.workers)
+        self.ops.add(self.c[b], d)  # c <- c + (x - c)/p
+        self.ops.copy(self.x[b], self.c[b])
+
+    def grad(self, at: Vector | None = None, only: slice | None = None) -> Vector:
+        """g at `at` (default x) on the minibatch of clock t, or some coordinates of it. Read-only; valid until the next
+        call."""
         point = self._kept["x"] if at is None else at
         if self._reloaded:
             self._reloaded = False
             return self._gradient.zero(self.ops)
-        g = self._gradient(self.ops, self.t, point)
-        if point is not self.x:  # buffers such as running statistics are part of x wherever the gradient was taken
+        if point is not self.x:  # buffers such as running statistics are part of x wherever the gradient is taken
+            self.ops.copy(point[self._gradient.buffers], self.x[self._gradient.buffers])
+        g = self._gradient(self.ops, self.t, point, only)
+        if point is not self.x:
             self.ops.copy(self.x[self._gradient.buffers], point[self._gradient.buffers])
         return g
+
+    def optimize(self, g: Vector) -> None:
+        """One step of the rule's local torch optimizer on the trainable part of x, with g."""
+        self._optimizer.step(g[self._trained], self.lr)
 
     # The loop
 
@@ -175,7 +238,7 @@ class Worker:
             raise RuntimeError("injected fault")
         stop, label = center.stop[0], center.save[0]
         stops = stop > 0 and t >= stop - 1
-        if self._strict and (stops or (t > self._first_t and plan.calendar.checkpoint_due(t))):
+        if self._in_rounds and (stops or (t > self._first_t and plan.calendar.checkpoint_due(t))):
             self._save(t)
         elif label != self._saved_label:
             self._saved_label = label
@@ -199,10 +262,15 @@ class Worker:
                     raise Aborted
                 time.sleep(0.5e-3)
 
+    @property
+    def _in_rounds(self) -> bool:
+        return self._plan.in_rounds
+
     def take_up(self, saved: Path | None) -> None:
         """The state to start from: a checkpoint's, or the center while nobody moves it yet."""
         if saved is None:
             self.ops.copy(self.x, self.c)  # x <- c
+            self._rule.begin(self)
             return
         vectors = checkpoint.load_vectors(saved, checkpoint.worker_file(self.rank))
         for name, value in self._kept.items():
@@ -211,16 +279,21 @@ class Worker:
     def join(self, t: int) -> None:
         """Takes the place of a worker that died: spends the exchange of step t on reading the center."""
         self.t = t
-        if self._strict:
+        if self._in_rounds:
             self._turns.round = self._plan.calendar.rounds_before(t)
         for b in self.turns():
             self.ops.copy(self.x[b], self.c[b])  # x <- c
+        if isinstance(self._turns, TogetherTurns):
+            for b in self.read():
+                self.ops.copy(self.x[b], self.c[b])  # x <- c, as it is after the round
+        self._rule.begin(self)
         self.t += 1
 
     def _reload(self) -> None:
         """After an exchange that met non-finite values: the worker goes on from the center, its past forgotten."""
-        for name in self._rule.local:
-            self.ops.fill(self._vectors[name], 0.0)
+        for name in self._kept.keys() - {"x"}:
+            self.ops.fill(self._kept[name], 0.0)
+        self._rule.begin(self)
         self._post("event", "nonfinite", t=self.t, count=self.ops.nonfinite)
         self.ops.nonfinite = 0
         self._reloaded = True
@@ -239,6 +312,7 @@ class Worker:
             "event", "worker", t=self.t, loss=self._losses / steps, samples=self._made * samples,
             samples_per_s=steps * samples / (now - self._reported_at), wait_s=self._turns.wait_s,
             exchange_s=self._turns_s, exchanges=self._exchanges, waited_for_s=self._turns.waited_for_s,
+            staleness=self._turns.stale,
         )  # fmt: skip
         self._losses, self._reported, self._reported_at = 0.0, self._made, now
 
@@ -263,7 +337,8 @@ def main(conn: Connection, fds: list[int], rank: int, plan: Plan, description: d
     model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
     sampler = plan.sampler(rank, len(dataset.train))
     gradient = Gradient(
-        model, dataset, sampler, rank=rank, weight_decay=plan.weight_decay, precision=plan.precision
+        model, dataset, sampler, rank=rank, precision=plan.precision,
+        weight_decay=0.0 if plan.rule.decoupled else plan.weight_decay,
     )  # fmt: skip
 
     def post(kind: str, *args: Any, **values: Any) -> None:

@@ -4,17 +4,45 @@ from __future__ import annotations
 
 import difflib
 
+from easgd_local.rules.admm import ADMM
+from easgd_local.rules.apam import APAM
+from easgd_local.rules.asgd import ASGD, MVASGD
 from easgd_local.rules.base import Rule
+from easgd_local.rules.diloco import DiLoCo
+from easgd_local.rules.downpour import ADownpour, Downpour, MVADownpour
 from easgd_local.rules.eamsgd import EAMSGD
+from easgd_local.rules.eamsgd_sync import EAMSGDSync
 from easgd_local.rules.easgd import EASGD
+from easgd_local.rules.easgd_gs import EASGDGaussSeidel
+from easgd_local.rules.easgd_sync import EASGDSync
+from easgd_local.rules.localsgd import LocalSGD
+from easgd_local.rules.mdownpour import MDownpour
 from easgd_local.rules.msgd import MSGD
+from easgd_local.rules.passm import PASSM, PASSMPlus
 from easgd_local.rules.sgd import SGD
+from easgd_local.rules.sma import SMA
 
 RULES: dict[str, type[Rule]] = {
-    "sgd": SGD,
-    "msgd": MSGD,
     "easgd": EASGD,
     "eamsgd": EAMSGD,
+    "easgd-sync": EASGDSync,
+    "eamsgd-sync": EAMSGDSync,
+    "easgd-gs": EASGDGaussSeidel,
+    "downpour": Downpour,
+    "adownpour": ADownpour,
+    "mvadownpour": MVADownpour,
+    "mdownpour": MDownpour,
+    "admm": ADMM,
+    "apam": APAM,
+    "passm": PASSM,
+    "passm+": PASSMPlus,
+    "localsgd": LocalSGD,
+    "sma": SMA,
+    "diloco": DiLoCo,
+    "sgd": SGD,
+    "msgd": MSGD,
+    "asgd": ASGD,
+    "mvasgd": MVASGD,
 }
 
 

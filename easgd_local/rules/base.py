@@ -15,25 +15,51 @@ if TYPE_CHECKING:
 class WorkerView(Protocol):
     """What a rule may touch of its worker. Vectors have n floats; blocks are slices of them."""
 
-    rank: int
-    workers: int
-    t: int
-    ops: CpuOps
-    x: Vector
-    c: Vector
-    d: Vector
-    v: Vector
-    y: Vector
+    @property
+    def rank(self) -> int:
+        """i, from 0."""
+
+    @property
+    def workers(self) -> int:
+        """p."""
+
+    @property
+    def t(self) -> int:
+        """The worker's own clock."""
 
     @property
     def lr(self) -> float:
         """η at the present t."""
 
+    @property
+    def update(self) -> int:
+        """In a pass of the loop over `turns`: the number, from 1, of this update of the block by anybody."""
+
+    @property
+    def own(self) -> slice:
+        """The coordinates that this worker alone writes, for rules that divide the model (PASSM)."""
+
+    @property
+    def ops(self) -> CpuOps:
+        """The operations on vectors."""
+
     def turns(self) -> Iterator[slice]:
         """One exchange with the center: `for b in w.turns():` holds block b of the shared vectors in each pass."""
 
-    def grad(self, at: Vector | None = None) -> Vector:
-        """g, the stochastic gradient of loss + (λ/2)‖·‖² at `at` (default x); read-only, valid until the next call."""
+    def read(self) -> Iterator[slice]:
+        """The blocks, to be read only: for synchronous rules, between two rounds."""
+
+    def grad(self, at: Vector | None = None, only: slice | None = None) -> Vector:
+        """g, the stochastic gradient of loss + (λ/2)‖·‖² at `at` (default x); read-only, valid until the next call.
+
+        With `only`, these coordinates of it, and zero elsewhere.
+        """
+
+    def optimize(self, g: Vector) -> None:
+        """One step of the rule's local torch optimizer from x with g, at the present η."""
+
+    def __getattr__(self, name: str) -> Vector:
+        """A vector by its letter: x, c, and those that the rule declares."""
 
 
 def hyperparameter(default: Any, help: str) -> Any:
@@ -45,15 +71,19 @@ def hyperparameter(default: Any, help: str) -> Any:
 class Rule:
     """An algorithm: hyperparameters and one `step`.
 
-    State is named vectors of n floats. `shared` ones live at the center, block by block under the same turns as c;
-    `local` ones at each worker, zero at the start, and in checkpoints; `scratch` ones at each worker, not kept.
+    State is named vectors of n floats. `shared` ones live at the center, block by block under the same turns as c, and
+    `allotted` ones too, one for each worker; `local` ones live at each worker; all of these are in checkpoints;
+    `scratch` ones are not. All start at zero, but those in `copies` as copies of c.
     """
 
     name: ClassVar[str]
     shared: ClassVar[tuple[str, ...]] = ()
-    local: ClassVar[tuple[str, ...]] = ()
-    scratch: ClassVar[tuple[str, ...]] = ()
+    allotted: ClassVar[tuple[str, ...]] = ()
+    copies: ClassVar[tuple[str, ...]] = ()
+    reported: ClassVar[str] = "c"  # the shared vector that is evaluated and exported
+    orders: ClassVar[tuple[str, ...]] = ("strict", "free")  # the orders of turns it is defined for, the default first
     sequential: ClassVar[bool] = False  # whether it is defined for one worker only
+    divides: ClassVar[bool] = False  # whether each worker owns some layers of the model
 
     lr: float = hyperparameter(0.05, "step size η")
 
@@ -61,6 +91,26 @@ class Rule:
         make_plain(self)
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr={self.lr}: the step size must be positive and finite; try 0.05.")
+
+    @property
+    def local(self) -> tuple[str, ...]:
+        """Names of the local vectors."""
+        return ()
+
+    @property
+    def scratch(self) -> tuple[str, ...]:
+        """Names of the scratch vectors."""
+        return ()
+
+    @property
+    def optimizer(self) -> str:
+        """Name of the local torch optimizer; "" for rules without."""
+        return ""
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether weight decay is the local optimizer's own and not part of g."""
+        return False
 
     @property
     def period(self) -> int:
@@ -71,6 +121,12 @@ class Rule:
         """One iteration of the algorithm, at clock w.t; the worker advances the clock afterwards."""
         raise NotImplementedError
 
+    def begin(self, w: WorkerView) -> None:
+        """Sets the local vectors of a worker that takes up, or is reloaded, from the center: x = c, the others zero."""
+
+    def close(self, w: WorkerView, b: slice) -> None:
+        """Ends a round for block b, after the last worker's visit; by that worker, or by the launcher in its place."""
+
     def warnings(self, workers: int) -> list[str]:
         """Sentences about hyperparameters that are legal but unwise with p workers."""
         return []
@@ -80,11 +136,29 @@ class Rule:
         return {}
 
 
+def check_period(tau: int) -> None:
+    """`ValueError` unless τ ≥ 1."""
+    if tau < 1:
+        raise ValueError(
+            f"tau={tau}: a worker visits the center every tau steps, so tau must be at least 1; for no communication "
+            f"use the rule easgd with alpha=0."
+        )
+
+
 def check_momentum(momentum: float) -> None:
     """`ValueError` unless 0 ≤ δ < 1."""
     if not 0 <= momentum < 1:
         raise ValueError(
             f"momentum={momentum}: δ must be at least 0 and below 1, or velocities grow without bound; try 0.9."
+        )
+
+
+def check_average(rate: float) -> None:
+    """`ValueError` unless 0 < a ≤ 1."""
+    if not 0 < rate <= 1:
+        raise ValueError(
+            f"average_rate={rate}: the moving average takes this share of each new value, so it must lie in (0, 1]; "
+            f"the paper's is 0.001."
         )
 
 

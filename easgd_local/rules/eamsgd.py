@@ -20,8 +20,8 @@ class EAMSGD(Elastic):
     """
 
     name: ClassVar[str] = "eamsgd"
-    local: ClassVar[tuple[str, ...]] = ("v",)
-    scratch: ClassVar[tuple[str, ...]] = ("d", "y")
+    local = ("v",)
+    scratch = ("d", "y")
 
     momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")
 

@@ -20,7 +20,7 @@ class EASGD(Elastic):
     """
 
     name: ClassVar[str] = "easgd"
-    scratch: ClassVar[tuple[str, ...]] = ("d",)
+    scratch = ("d",)
 
     def step(self, w: WorkerView) -> None:
         d = None

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from easgd_local.rules.base import Rule, hyperparameter
+from easgd_local.rules.base import Rule, check_period, hyperparameter
 
 BETA = 0.9  # the paper's experiments
+PER = ("exchange", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Elastic(Rule):
-    """Hyperparameters of elastic averaging: τ, and one of α, β, ρ with α = β/p = ηρ (default β = 0.9).
+    """Hyperparameters of elastic averaging: τ, and one of α, β, ρ.
 
-    Source of the default and of α = β/p: Zhang et al. 2015 (arXiv:1412.6651) and its authors' code.
+    α = β/p, β = 0.9 by default, is what the authors' code does (Zhang et al. 2015, arXiv:1412.6651); `beta_per="step"`
+    reads β as a rate per step instead, α = β/(τp). With ρ, α = ηρ, with the η that the learning rate starts from.
     """
+
+    orders: ClassVar[tuple[str, ...]] = ("strict", "free", "none")
 
     tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
     alpha: float | None = hyperparameter(None, "moving rate α; default β/p")
     beta: float | None = hyperparameter(
         None, f"β = pα; the default {BETA} holds when none of alpha, beta, rho is given"
     )
-    rho: float | None = hyperparameter(None, "elasticity ρ = α/η, instead of alpha or beta")
+    rho: float | None = hyperparameter(None, "elasticity ρ = α/η, instead of alpha or beta; for admm its penalty")
+    beta_per: str = hyperparameter("exchange", "what β is a rate of: exchange for α = β/p, step for α = β/(τp)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tau < 1:
-            raise ValueError(
-                f"tau={self.tau}: a worker visits the center every tau steps, so tau must be at least 1; "
-                f"for no communication use alpha=0."
-            )
+        check_period(self.tau)
         given = {name: value for name in ("alpha", "beta", "rho") if (value := getattr(self, name)) is not None}
         if len(given) > 1:
             names = " and ".join(f"{name}={value}" for name, value in given.items())
@@ -41,6 +43,12 @@ class Elastic(Rule):
         for name in ("beta", "rho"):
             if name in given and not 0 <= given[name] < float("inf"):
                 raise ValueError(f"{name}={given[name]}: must be at least 0 (and finite); the default is beta={BETA}.")
+        if self.beta_per not in PER:
+            raise ValueError(f"beta_per={self.beta_per}: must be one of {', '.join(PER)}; choose one of them.")
+        if self.beta_per == "step" and (self.alpha is not None or self.rho is not None):
+            raise ValueError(
+                "beta_per=step: says how α follows from β, but alpha or rho fixes α already; give beta instead of them."
+            )
 
     @property
     def period(self) -> int:
@@ -58,21 +66,36 @@ class Elastic(Rule):
             alpha, how, most = self.lr * self.rho, f"rho={self.rho}: α = ηρ", f"rho at most 1/lr = {1 / self.lr:g}"
         else:
             beta = BETA if self.beta is None else self.beta
-            alpha, how, most = beta / workers, f"beta={beta}: α = β/p", f"beta at most p = {workers}"
+            over, of = (self.tau, "τp") if self.beta_per == "step" else (1, "p")
+            alpha, how, most = beta / (over * workers), f"beta={beta}: α = β/{of}", f"beta at most {over * workers}"
         if alpha > 1:
             raise ValueError(f"{how} = {alpha:.4g}, but the moving rate must lie in [0, 1]; choose {most}.")
         return alpha
 
+    def alpha_limit(self, workers: int) -> float:
+        """The largest stable α of the round robin at curvature h = 1 (Zhang et al. 2015, section 4)."""
+        return (4 - 2 * self.lr) / (4 - self.lr) if self.lr < 2 else 0.0
+
     def warnings(self, workers: int) -> list[str]:
-        alpha, eta_h = self.moving_rate(workers), self.lr
-        limit = (4 - 2 * eta_h) / (4 - eta_h) if eta_h < 2 else 0.0
+        alpha, limit = self.moving_rate(workers), self.alpha_limit(workers)
         if alpha <= limit:
             return []
         return [
-            f"alpha={alpha:.4g} is beyond the stability bound (4 - 2ηh)/(4 - ηh) = {limit:.4g} of the round robin at "
-            f"lr={self.lr} and curvature h = 1 (Zhang et al. 2015, section 4): expect oscillation; lower alpha or lr."
+            f"alpha={alpha:.4g} is beyond the stability bound {limit:.4g} of the rule {self.name} at lr={self.lr}, "
+            f"{workers} workers and curvature h = 1 (README, Rules): expect oscillation; lower alpha or lr."
         ]
 
     def derived(self, workers: int) -> dict[str, float]:
         alpha = self.moving_rate(workers)
         return {"alpha": alpha, "beta": alpha * workers, "rho": alpha / self.lr}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synchronous(Elastic):
+    """Elastic averaging at a rendezvous: all differences are taken from the old center, and added in rank order."""
+
+    orders: ClassVar[tuple[str, ...]] = ("together",)
+
+    def alpha_limit(self, workers: int) -> float:
+        """The largest stable α when all differences are stale, at curvature h = 1: 2(2 - ηh)/(2 + p(2 - ηh))."""
+        return 2 * (2 - self.lr) / (2 + workers * (2 - self.lr)) if self.lr < 2 else 0.0

@@ -16,8 +16,8 @@ class MSGD(Rule):
     """
 
     name: ClassVar[str] = "msgd"
-    local: ClassVar[tuple[str, ...]] = ("v",)
-    scratch: ClassVar[tuple[str, ...]] = ("y",)
+    local = ("v",)
+    scratch = ("y",)
     sequential: ClassVar[bool] = True
 
     momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")

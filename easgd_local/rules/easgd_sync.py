@@ -1,0 +1,35 @@
+"""Synchronous EASGD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from easgd_local.rules.base import WorkerView
+from easgd_local.rules.elastic import Synchronous
+
+
+@dataclass(frozen=True, kw_only=True)
+class EASGDSync(Synchronous):
+    """Elastic averaging SGD, synchronous: Zhang et al. 2015, equations 5 and 6 (arXiv:1412.6651).
+
+        d^i <- α(x^i - c) for all i,  c <- c + Σ d^i     every τ steps, all with the old c
+        x^i <- x^i - η g(x^i) - d^i                      every step, g and d at the same x^i
+
+    The center moves to (1 - β)c + β·mean x^i. The Sync EASGD of You, Buluç, Demmel 2017 (arXiv:1708.02983) is the
+    same mathematics.
+    """
+
+    name: ClassVar[str] = "easgd-sync"
+    scratch = ("d",)
+
+    def step(self, w: WorkerView) -> None:
+        d = None
+        if self.due(w.t):
+            alpha, d = self.moving_rate(w.workers), w.d
+            for b in w.read():
+                w.ops.difference(w.d[b], w.x[b], w.c[b], alpha)  # d <- α(x - c)
+            for b in w.turns():
+                w.ops.add(w.c[b], w.d[b])  # c <- c + d
+        g = w.grad()  # at the x before the pull
+        w.ops.descend(w.x, g, w.lr, d)  # x <- x - d - ηg

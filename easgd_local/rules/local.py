@@ -1,0 +1,64 @@
+"""What the rules share whose workers run an optimizer of their own between rendezvous."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from easgd_local.optimizers import OPTIMIZERS
+from easgd_local.rules.base import Rule, WorkerView, check_momentum, check_period, hyperparameter
+
+OURS = {"sgd": (), "msgd": ("v",)}
+INNER = (*OURS, *OPTIMIZERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(Rule):
+    """A local optimizer, and a rendezvous every τ steps."""
+
+    orders: ClassVar[tuple[str, ...]] = ("together",)
+
+    tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
+    inner: str = hyperparameter("sgd", f"local optimizer of localsgd, sma and diloco: {', '.join(INNER)}")
+    momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_period(self.tau)
+        check_momentum(self.momentum)
+        if self.inner not in INNER:
+            raise ValueError(f"inner={self.inner}: the local optimizers are {', '.join(INNER)}; choose one of them.")
+
+    @property
+    def local(self) -> tuple[str, ...]:
+        return OURS[self.inner] if self.inner in OURS else OPTIMIZERS[self.inner].state
+
+    @property
+    def scratch(self) -> tuple[str, ...]:
+        return ("d", "y") if self.inner == "msgd" else ("d",)
+
+    @property
+    def optimizer(self) -> str:
+        return self.inner if self.inner in OPTIMIZERS else ""
+
+    @property
+    def decoupled(self) -> bool:
+        return self.inner == "adamw"
+
+    @property
+    def period(self) -> int:
+        return self.tau
+
+    def due(self, t: int) -> bool:
+        """Whether τ divides t."""
+        return t % self.tau == 0
+
+    def move(self, w: WorkerView) -> None:
+        """One step of the local optimizer."""
+        if self.inner == "sgd":
+            w.ops.descend(w.x, w.grad(), w.lr)  # x <- x - ηg
+        elif self.inner == "msgd":
+            w.ops.lookahead(w.y, w.x, w.v, self.momentum)  # y <- x + δv
+            w.ops.nesterov(w.x, w.v, w.grad(at=w.y), w.lr, self.momentum)  # v <- δv - ηg;  x <- x + v
+        else:
+            w.optimize(w.grad())
