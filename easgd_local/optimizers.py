@@ -41,8 +41,7 @@ class Optimizer:
 
         kind = OPTIMIZERS[name]
         self._parameter = torch.nn.Parameter(torch.from_numpy(x), requires_grad=True)
-        values: dict[str, Any] = {"weight_decay": weight_decay} if weight_decay else {}
-        self._torch = getattr(torch.optim, kind.torch_name)([self._parameter], **values)
+        self._torch = getattr(torch.optim, kind.torch_name)([self._parameter], weight_decay=weight_decay)
         own: dict[str, Any] = {one: torch.from_numpy(state[one]) for one in kind.state}
         self._torch.state[self._parameter] = own | {"step": torch.from_numpy(state[STEPS]).squeeze(0)}
 

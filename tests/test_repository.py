@@ -27,16 +27,17 @@ LAYERS = (
     ("prepare",),
     ("runfolder",),
     ("config",),
-    ("launcher", "preload"),
+    ("launcher", "preload", "referee"),
     ("evaluate",),
     ("worker",),
     ("gradient",),
     ("metrics", "view", "report", "curves", "wording", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),
     ("rules.*",),
+    ("optimizers",),
     ("turns", "center"),
     ("flat",),
     ("backend.*",),
-    ("kernels", "child", "faults", "hardware", "schedules", "words"),
+    ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition"),
 )
 
 

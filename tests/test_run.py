@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import fields
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +26,36 @@ from easgd_local import data, metrics, models
 from easgd_local.backend.cpu import CpuOps, vector
 from easgd_local.center import Layout
 from easgd_local.config import Config
+from easgd_local.faults import Fault
 from easgd_local.flat import Flat
 from easgd_local.gradient import Gradient
+from easgd_local.partition import partition
+from easgd_local.rules import RULES, rule_class
+from easgd_local.rules.admm import ADMM
+from easgd_local.rules.apam import APAM
+from easgd_local.rules.asgd import ASGD, MVASGD
+from easgd_local.rules.base import Rule
+from easgd_local.rules.diloco import DiLoCo
+from easgd_local.rules.downpour import ADownpour, Downpour, MVADownpour
 from easgd_local.rules.eamsgd import EAMSGD
+from easgd_local.rules.eamsgd_sync import EAMSGDSync
 from easgd_local.rules.easgd import EASGD
+from easgd_local.rules.easgd_gs import EASGDGaussSeidel
+from easgd_local.rules.easgd_sync import EASGDSync
+from easgd_local.rules.localsgd import LocalSGD
+from easgd_local.rules.mdownpour import MDownpour
 from easgd_local.rules.msgd import MSGD
+from easgd_local.rules.passm import PASSM, PASSMPlus
 from easgd_local.rules.sgd import SGD
-from tests import paper
+from easgd_local.rules.sma import SMA
+from tests import listings
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 Runner = Callable[..., dict[str, Any]]
 
 
-def listing(config: Config) -> str:
-    """center_sha256 of the run that `config` describes, computed from the listing in this process."""
+def start_and_gradients(config: Config) -> tuple[np.ndarray, list[Gradient]]:
+    """The center's start and each worker's gradient, as `config` describes them."""
     torch.set_num_threads(1)
     dataset, workers = data.load(config.data), config.workers
     torch.manual_seed(config.seed)
@@ -48,6 +67,13 @@ def listing(config: Config) -> str:
         gradients.append(
             Gradient(model, dataset, sampler, rank=rank, weight_decay=config.weight_decay, precision=config.precision)
         )
+    return start, gradients
+
+
+def listing(config: Config) -> str:
+    """center_sha256 of the run that `config` describes, computed from the listing in this process."""
+    start, gradients = start_and_gradients(config)
+    workers = config.workers
 
     def gradient(i: int, t: int, x: np.ndarray) -> np.ndarray:
         point = vector(len(x))  # on a page, as a worker's vectors are
@@ -55,22 +81,14 @@ def listing(config: Config) -> str:
         return gradients[i](CpuOps(), t, point)
 
     layout = Layout(workers, len(start), ("c",), config.block_bytes)
-    order = paper.round_robin(workers, [layout.block(b) for b in range(layout.blocks)])
-    x, v, c = [start.copy() for _ in range(workers)], [np.zeros_like(start) for _ in range(workers)], start.copy()
-    rule, steps = config.rule, range(config.steps)
-    if isinstance(rule, EAMSGD):
-        alpha = rule.moving_rate(workers)
-        paper.eamsgd(
-            x, v, c, gradient, eta=rule.lr, alpha=alpha, delta=rule.momentum, tau=rule.tau, steps=steps, order=order
-        )
-    elif isinstance(rule, EASGD):
-        alpha = rule.moving_rate(workers)
-        paper.easgd(x, c, gradient, eta=rule.lr, alpha=alpha, tau=rule.tau, steps=steps, order=order)
-    elif isinstance(rule, MSGD):
-        paper.msgd(c, v[0], gradient, eta=rule.lr, delta=rule.momentum, steps=steps)
-    else:
-        paper.sgd(c, gradient, eta=rule.lr, steps=steps)
-    return hashlib.sha256(c.tobytes()).hexdigest()
+    blocks = [layout.block(b) for b in range(layout.blocks)]
+    layers = gradients[0].layers
+    own = []
+    if config.rule.divides:
+        parts = partition([layer.stop - layer.start for layer in layers], workers)
+        own = [slice(layers[part[0]].start, layers[part[-1]].stop) for part in parts]
+    end = listings.compute(config.rule, start, workers, config.steps, gradient, blocks, own)
+    return hashlib.sha256(end["c"].tobytes()).hexdigest()
 
 
 # The listings. 17,226 parameters do not divide by 5 or 7 blocks of 64-byte lines; 1000-byte blocks make about 70.
@@ -84,16 +102,152 @@ def listing(config: Config) -> str:
         (EASGD(lr=0.1, tau=3, alpha=0.0), 2, 1000),
         (EAMSGD(lr=0.03, tau=3, beta=0.9, momentum=0.8), 4, 1000),
         (EAMSGD(lr=0.03, tau=1, alpha=0.5, momentum=0.9), 3, 4 << 20),
+        (EASGDSync(lr=0.1, tau=2, alpha=0.2), 3, 1000),
+        (EAMSGDSync(lr=0.03, tau=3, alpha=0.2, momentum=0.8), 4, 4 << 20),
+        (EASGDGaussSeidel(lr=0.1, tau=2, alpha=0.4, first="center"), 3, 1000),
+        (EASGDGaussSeidel(lr=0.1, tau=2, alpha=0.4, first="worker"), 2, 1000),
+        (Downpour(lr=0.02, tau=3), 3, 1000),
+        (ADownpour(lr=0.02, tau=2), 3, 1000),
+        (MVADownpour(lr=0.02, tau=1, average_rate=0.1), 2, 4 << 20),
+        (MDownpour(lr=0.01, momentum=0.8), 3, 1000),
+        (ADMM(lr=0.05, rho=0.5), 3, 1000),
+        (APAM(lr=0.001), 3, 1000),
+        (APAM(lr=0.001, delay=2), 2, 1000),
+        (PASSM(lr=0.05, momentum=0.8), 3, 1000),
+        (PASSMPlus(lr=0.02, momentum=0.8, full_steps=5), 3, 1000),
+        (LocalSGD(lr=0.1, tau=3, inner="sgd"), 3, 1000),
+        (SMA(lr=0.1, tau=2, inner="msgd", momentum=0.5, center_momentum=0.4), 3, 1000),
+        (DiLoCo(lr=0.1, tau=3, inner="sgd"), 4, 1000),
         (SGD(lr=0.1), 1, 1000),
         (MSGD(lr=0.05, momentum=0.8), 1, 4 << 20),
+        (ASGD(lr=0.1), 1, 1000),
+        (MVASGD(lr=0.1, average_rate=0.1), 1, 1000),
     ],
+    ids=lambda value: value.name if isinstance(value, Rule) else str(value),
 )
 def test_the_processes_compute_the_listing_to_the_bit(rule: Any, workers: int, block_bytes: int, run: Runner) -> None:
     values = {
         "rule": rule, "workers": workers, "steps": 14, "batch_size": 8, "block_bytes": block_bytes, "threads": 1,
-        "seed": 5, "eval_every": 0,
+        "seed": 5, "eval_every": 0, "turns": "together" if "together" in rule.orders else "strict",
     }  # fmt: skip
     assert run(**values)["center_sha256"] == listing(Config(**values))
+
+
+# Every rule, in processes
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_resumes_from_a_checkpoint_to_the_same_bits(name: str, run: Runner) -> None:
+    rule = rule_class(name)
+    given = {"tau": 3, "lr": 0.01, "delay": 2, "full_steps": 5, "inner": "msgd"}
+    made = rule(**{one.name: given[one.name] for one in fields(rule) if one.name in given and name != "mdownpour"})
+    values = {"rule": made, "steps": 27, "workers": 1 if rule.sequential else 2, "block_bytes": 5000, "eval_every": 8}
+    values["turns"] = "together" if "together" in rule.orders else "strict"
+    whole = run(**values)
+    first = run(**values | {"steps": 13}, checkpoint_every=13)
+    second = run(**values, resume=first["folder"])
+    assert second["center_sha256"] == whole["center_sha256"]
+    exported = [safetensors.torch.load_file(Path(one["folder"], "center.safetensors")) for one in (whole, second)]
+    assert all(torch.equal(exported[0][key], exported[1][key]) for key in exported[0])
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if not RULES[name].sequential])
+def test_under_every_rule_the_others_go_on_when_a_worker_dies_in_an_exchange(name: str, run: Runner) -> None:
+    rule, t = rule_class(name)(), 20
+    summary = run(
+        rule=rule, workers=3, steps=60, faults=(Fault("kill-in-exchange", 1, t),), block_bytes=5000, eval_every=30
+    )
+    assert summary["status"] == "done"
+    assert [failure["rank"] for failure in summary["failures"]] == [1]
+    assert [report["steps"] for report in summary["worker_reports"]] == [60, t, 60]
+    assert np.isfinite(summary["test_loss"])
+
+
+@pytest.mark.parametrize("name", ["admm", "diloco", "adownpour", "passm"])
+def test_under_rules_with_state_at_the_center_a_dead_worker_is_replaced(name: str, run: Runner) -> None:
+    rule = rule_class(name)(**({"inner": "sgd"} if name == "diloco" else {}))
+    summary = run(
+        rule=rule, workers=3, steps=400, faults=(Fault("kill-in-exchange", 1, 20),), on_failure="respawn", eval_every=0
+    )
+    assert summary["status"] == "done"
+    assert [report["steps"] for report in summary["worker_reports"]] == [400, 400, 400]
+    assert np.isfinite(summary["test_loss"])
+
+
+def test_shared_vectors_are_reported_by_name_and_size(run: Runner) -> None:
+    summary = run(rule=APAM(), steps=5)
+    size_bytes = summary["vectors"]["shared"]["c"]
+    assert summary["vectors"]["shared"] == dict.fromkeys(("c", "m", "v", "vhat"), size_bytes)
+    report = Path(summary["folder"], "report.md").read_text()
+    assert re.search(r"\| shared \| vhat \| [\d,]+ \|", report)
+    summary = run(rule=ADMM(), steps=5, workers=3)
+    assert summary["vectors"]["shared"].keys() == {"c", "y0", "y1", "y2"}
+
+
+def test_the_averaged_rules_evaluate_and_export_their_average(run: Runner) -> None:
+    summary = run(rule=MVADownpour(lr=0.02, average_rate=1e-6), steps=60)  # an average that stays at the start
+    assert summary["train_loss"] > 2.2
+    assert run(rule=Downpour(lr=0.02), steps=60)["center_sha256"] == summary["center_sha256"]
+    exported = safetensors.torch.load_file(Path(summary["folder"], "center.safetensors"))
+    torch.manual_seed(0)
+    start = models.build("mlp", shape=(1, 8, 8), classes=10).state_dict()
+    assert all((exported[name] - start[name]).abs().max() < 1e-4 for name in start)
+
+
+def test_a_cosine_belongs_to_the_length_of_its_run(run: Runner) -> None:
+    values = {"rule": EASGD(lr=0.1, tau=2), "schedule": "cosine", "warmup": 5}
+    whole, again = run(**values, steps=30), run(**values, steps=30, checkpoint_every=10)
+    assert whole["center_sha256"] == again["center_sha256"] != run(**values, steps=31)["center_sha256"]
+    with pytest.raises(ValueError, match=r"steps=60: the run in .* was started with steps=30"):
+        run(**values, steps=60, resume=again["folder"])
+
+
+def test_hogwild_loses_updates_at_most(tmp_path: Path, run: Runner) -> None:
+    """Two workers visit the center once, at step 3, from known points. What each coordinate can become is enumerated:
+    a worker reads it for d, reads it again to add d, and writes it, in any interleaving with the other."""
+    values = {
+        "rule": EASGD(lr=0.1, tau=3, alpha=0.4),
+        "workers": 2,
+        "steps": 4,
+        "batch_size": 8,
+        "threads": 1,
+        "seed": 5,
+    }
+    start, x = points_before_the_exchange(Config(**values, turns="none"))
+    alpha, allowed = np.float32(0.4), []
+    for order in sorted(set(permutations("aaabbb"))):
+        c, done = start.copy(), {"a": 0, "b": 0}
+        d, total = {}, {}
+        for who in order:
+            if done[who] == 0:
+                d[who] = alpha * (x["ab".index(who)] - c)
+            elif done[who] == 1:
+                total[who] = c + d[who]
+            else:
+                c = total[who]
+            done[who] += 1
+        allowed.append(c)
+    for attempt in range(3):
+        summary = run(**values, turns="none", eval_every=0, checkpoint_every=0, out=str(tmp_path / f"none-{attempt}"))
+        state = safetensors.torch.load_file(Path(summary["folder"], "center.safetensors"))
+        model = models.build("mlp", shape=(1, 8, 8), classes=10)
+        model.load_state_dict(state)
+        c = Flat(model).values()
+        assert np.any([c == one for one in allowed], axis=0).all()
+        assert not np.array_equal(c, start)
+
+
+def points_before_the_exchange(config: Config) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The center's start, and where each worker is when it comes to its second exchange."""
+    start, gradients = start_and_gradients(config)
+    x = []
+    for rank in range(config.workers):
+        at = vector(len(start))
+        at[:] = start
+        for t in range(config.rule.tau):
+            at[:] = at - np.float32(config.rule.lr) * gradients[rank](CpuOps(), t, at)
+        x.append(at)
+    return start, x
 
 
 # Reproducibility

@@ -22,6 +22,8 @@ class ADMM(Rule):
 
     Unlike the elastic rules the round robin is unstable in a wide region of (η, ρ), see figure 1 of the paper, where
     trajectories first decay and then blow up.
+
+    Hyperparameters: lr (η), rho (ρ).
     """
 
     name: ClassVar[str] = "admm"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,6 +25,8 @@ class APAM(Rule):
 
     With delay = D a gradient is taken at the center as the worker read it D of its own steps before, for studying
     staleness: p workers in strict turns are then (D + 1)p - 1 arrivals behind. It costs a worker D more vectors.
+
+    Hyperparameters: lr (η), beta1 (β₁), beta2 (β₂), epsilon (ε), delay (D).
     """
 
     name: ClassVar[str] = "apam"
@@ -67,7 +70,7 @@ class APAM(Rule):
 
     def rate(self, lr: float, k: int) -> float:
         """η_k = η√(1 - β₂^k)/(1 - β₁^k)."""
-        return lr * (1 - self.beta2**k) ** 0.5 / (1 - self.beta1**k)
+        return lr * math.sqrt(1 - self.beta2**k) / (1 - self.beta1**k)
 
     def _past(self, w: WorkerView) -> Vector:
         """The x of D steps before."""

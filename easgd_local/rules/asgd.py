@@ -16,6 +16,8 @@ class ASGD(Rule):
         x <- x - η g(x),  c <- x,  z <- (1 - a)z + ac,  a = 1/(k + 1)
 
     k is the number of the step, from 1; z starts at c and is what is evaluated and exported: the mean of all iterates.
+
+    Hyperparameters: lr (η).
     """
 
     name: ClassVar[str] = "asgd"
@@ -42,6 +44,8 @@ class MVASGD(ASGD):
     2015 (arXiv:1412.6651, section 5).
 
         x <- x - η g(x),  c <- x,  z <- (1 - a)z + ac,  a constant (the paper's: 0.001)
+
+    Hyperparameters: lr (η), average_rate (a).
     """
 
     name: ClassVar[str] = "mvasgd"

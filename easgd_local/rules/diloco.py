@@ -18,6 +18,9 @@ class DiLoCo(Local):
         x^i <- a step of the local optimizer (`inner`)                         every step
 
     u, and s, which gathers the sum, live at the center. With outer_lr = 1 and outer_momentum = 0 it is localsgd.
+
+    Hyperparameters: lr (η), tau (τ), inner (the local optimizer), momentum (δ of inner = msgd), outer_lr (η_o),
+    outer_momentum (μ).
     """
 
     name: ClassVar[str] = "diloco"

@@ -10,13 +10,15 @@ from easgd_local.rules.base import Rule, WorkerView, check_average, check_period
 
 @dataclass(frozen=True, kw_only=True)
 class Downpour(Rule):
-    """DOWNPOUR: Dean et al. 2012, as Zhang et al. 2015 run it (arXiv:1412.6651, Algorithm 3 of the supplement).
+    """DOWNPOUR: Dean et al. 2012, in the form of Zhang et al. 2015 (arXiv:1412.6651).
 
         c <- c + v,  x <- c,  v <- 0            every τ steps
         x <- x - η g(x),  v <- v - η g(x)       every step
 
     All of what the workers have gathered moves the center, so p workers move it p times as far: it wants a small η, and
     a large τ makes it unstable. With p = 1 it is SGD.
+
+    Hyperparameters: lr (η), tau (τ).
     """
 
     name: ClassVar[str] = "downpour"
@@ -54,6 +56,8 @@ class ADownpour(Downpour):
 
     k is the number of the center's update, whoever makes it; z starts at c, lives at the center, and is what is
     evaluated and exported: the mean of all the values that c has had.
+
+    Hyperparameters: lr (η), tau (τ).
     """
 
     name: ClassVar[str] = "adownpour"
@@ -77,6 +81,8 @@ class MVADownpour(ADownpour):
 
     c <- c + v,  x <- c,  v <- 0,  z <- (1 - a)z + ac     every τ steps, a constant (the paper's: 0.001)
     x <- x - η g(x),  v <- v - η g(x)                     every step
+
+    Hyperparameters: lr (η), tau (τ), average_rate (a).
     """
 
     name: ClassVar[str] = "mvadownpour"

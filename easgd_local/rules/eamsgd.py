@@ -17,6 +17,9 @@ class EAMSGD(Elastic):
         v <- δv - η g(x + δv),  x <- x + v          every step, g taken before the pull
 
     The difference never enters the velocity. With momentum = 0 it is EASGD.
+
+    Hyperparameters: lr (η), tau (τ), one of alpha (α), beta (β = pα) and rho (ρ = α/η), beta_per (what β is a rate
+    of), momentum (δ).
     """
 
     name: ClassVar[str] = "eamsgd"

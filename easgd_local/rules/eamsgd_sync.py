@@ -17,6 +17,9 @@ class EAMSGDSync(Synchronous):
         v^i <- δv^i - η g(x^i + δv^i),  x^i <- x^i - d^i + v^i     every step, g and d at the same x^i
 
     With momentum = 0 it is easgd-sync.
+
+    Hyperparameters: lr (η), tau (τ), one of alpha (α), beta (β = pα) and rho (ρ = α/η), beta_per (what β is a rate
+    of), momentum (δ).
     """
 
     name: ClassVar[str] = "eamsgd-sync"

@@ -17,6 +17,9 @@ class EASGD(Elastic):
         x <- x - η g(x)                             every step, g taken before the pull
 
     With alpha = 0 the workers never meet: plain SGD, p times.
+
+    Hyperparameters: lr (η), tau (τ), one of alpha (α), beta (β = pα) and rho (ρ = α/η), beta_per (what β is a rate
+    of).
     """
 
     name: ClassVar[str] = "easgd"

@@ -18,6 +18,9 @@ class EASGDSync(Synchronous):
 
     The center moves to (1 - β)c + β·mean x^i. The Sync EASGD of You, Buluç, Demmel 2017 (arXiv:1708.02983) is the
     same mathematics.
+
+    Hyperparameters: lr (η), tau (τ), one of alpha (α), beta (β = pα) and rho (ρ = α/η), beta_per (what β is a rate
+    of).
     """
 
     name: ClassVar[str] = "easgd-sync"

@@ -20,6 +20,7 @@ class Elastic(Rule):
     """
 
     orders: ClassVar[tuple[str, ...]] = ("strict", "free", "none")
+    bound: ClassVar[str] = "(4 - 2ηh)/(4 - ηh)"  # of α, for the round robin: Zhang et al. 2015, section 4
 
     tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
     alpha: float | None = hyperparameter(None, "moving rate α; default β/p")
@@ -73,7 +74,7 @@ class Elastic(Rule):
         return alpha
 
     def alpha_limit(self, workers: int) -> float:
-        """The largest stable α of the round robin at curvature h = 1 (Zhang et al. 2015, section 4)."""
+        """The largest stable α with p workers at curvature h = 1: the value of `bound`."""
         return (4 - 2 * self.lr) / (4 - self.lr) if self.lr < 2 else 0.0
 
     def warnings(self, workers: int) -> list[str]:
@@ -81,8 +82,8 @@ class Elastic(Rule):
         if alpha <= limit:
             return []
         return [
-            f"alpha={alpha:.4g} is beyond the stability bound {limit:.4g} of the rule {self.name} at lr={self.lr}, "
-            f"{workers} workers and curvature h = 1 (README, Rules): expect oscillation; lower alpha or lr."
+            f"alpha={alpha:.4g} is beyond the stability bound {self.bound} = {limit:.4g} of {self.name} at "
+            f"lr={self.lr}, {workers} workers and curvature h = 1: expect oscillation; lower alpha or lr."
         ]
 
     def derived(self, workers: int) -> dict[str, float]:
@@ -95,7 +96,8 @@ class Synchronous(Elastic):
     """Elastic averaging at a rendezvous: all differences are taken from the old center, and added in rank order."""
 
     orders: ClassVar[tuple[str, ...]] = ("together",)
+    bound: ClassVar[str] = "2(2 - ηh)/(2 + p(2 - ηh))"  # of α, when all differences are stale
 
     def alpha_limit(self, workers: int) -> float:
-        """The largest stable α when all differences are stale, at curvature h = 1: 2(2 - ηh)/(2 + p(2 - ηh))."""
+        """The largest stable α with p workers at curvature h = 1: the value of `bound`."""
         return 2 * (2 - self.lr) / (2 + workers * (2 - self.lr)) if self.lr < 2 else 0.0

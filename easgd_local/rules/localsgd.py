@@ -17,6 +17,8 @@ class LocalSGD(Local):
         x^i <- x^i - η g(x^i)                 every step, or a step of another local optimizer (`inner`)
 
     The mean is written as a sum of differences, so that a worker that has died counts as one that stayed at c.
+
+    Hyperparameters: lr (η), tau (τ), inner (the local optimizer), momentum (δ of inner = msgd).
     """
 
     name: ClassVar[str] = "localsgd"

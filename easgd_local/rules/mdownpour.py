@@ -16,6 +16,8 @@ class MDownpour(Rule):
 
     c holds the look-ahead point, so with one worker this is exactly MSGD. v lives at the center. Every gradient goes to
     that velocity, hence τ = 1.
+
+    Hyperparameters: lr (η), momentum (δ), tau (τ, 1 and nothing else).
     """
 
     name: ClassVar[str] = "mdownpour"

@@ -13,6 +13,8 @@ class MSGD(Rule):
     """SGD with Nesterov momentum, sequential (p = 1): the baseline MSGD of Zhang et al. 2015 (arXiv:1412.6651).
 
     v <- δv - η g(x + δv),  x <- x + v,  c <- x
+
+    Hyperparameters: lr (η), momentum (δ).
     """
 
     name: ClassVar[str] = "msgd"

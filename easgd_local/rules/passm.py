@@ -19,6 +19,8 @@ class PASSM(Rule):
     The model is divided into p contiguous runs of layers with about equally many parameters. Each worker alone writes
     its own, so there is no lock, and computes the gradient of its own only: the backward pass stops below its first
     layer. u is the worker's. The layers of a worker that is dead and not replaced stay as they are.
+
+    Hyperparameters: lr (η), momentum (μ).
     """
 
     name: ClassVar[str] = "passm"
@@ -50,6 +52,8 @@ class PASSMPlus(PASSM):
 
     Nesterov's momentum, local to the worker. In full steps everybody writes everything: with turns = none a worker's
     change of a coordinate may then be lost to another one's.
+
+    Hyperparameters: lr (η), momentum (μ), full_steps.
     """
 
     name: ClassVar[str] = "passm+"

@@ -13,6 +13,8 @@ class SGD(Rule):
     """Stochastic gradient descent, sequential (p = 1): the baseline SGD of Zhang et al. 2015 (arXiv:1412.6651).
 
     x <- x - η g(x),  c <- x
+
+    Hyperparameters: lr (η).
     """
 
     name: ClassVar[str] = "sgd"

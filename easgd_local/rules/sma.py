@@ -19,6 +19,9 @@ class SMA(Local):
 
     u, the last move of the center, and s, which gathers Σ d, live at the center. α = 1/p, as in the paper; `inner`
     names another local optimizer. The paper's restart of the averaging when η changes is left out.
+
+    Hyperparameters: lr (η), tau (τ), inner (the local optimizer), momentum (δ of inner = msgd), center_momentum
+    (μ).
     """
 
     name: ClassVar[str] = "sma"
