@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -305,6 +306,7 @@ def _help(one: Any, defaults: dict[str, Any]) -> str:
     known = {owner: value for owner, value in defaults.items() if not any(value is one for one in silent)}
     if not known or "default" in text:
         return text
-    if len(set(known.values())) == 1:
-        return f"{text} (default {next(iter(known.values()))})"
-    return f"{text} (default {', '.join(f'{owner} {value}' for owner, value in known.items())})"
+    usual = Counter(known.values()).most_common(1)[0][0]
+    others = {value: [owner for owner in known if known[owner] == value] for value in known.values() if value != usual}
+    but = "".join(f"; {', '.join(owners)}: {value}" for value, owners in others.items())
+    return f"{text} (default {usual}{but})"

@@ -25,7 +25,8 @@ OTHER = {  # a value of each field that is not its default
     "model": "cifar7", "steps": 31, "epochs": 1.5, "batch_size": 7, "weight_decay": 0.25, "sampling": "independent",
     "seed": 2**63 - 1, "turns": "free", "precision": "bf16", "buffers": "recalibrate", "block_bytes": 640, "threads": 3,
     "eval_every": 0, "eval_samples": 5, "checkpoint_every": 4, "keep": 1, "out": "here", "on_failure": "stop",
-    "tensorboard": True, "faults": (Fault("kill", 1, 5), Fault("raise", 0)),
+    "tensorboard": True, "schedule": "step", "warmup": 3, "lr_step": 5, "lr_decay": 0.5,
+    "faults": (Fault("kill", 1, 5), Fault("raise", 0)),
 }  # fmt: skip
 
 
@@ -35,7 +36,11 @@ def of(rule: str, **values: Any) -> Config:
 
 def other_rule(name: str) -> Any:
     """The rule with every hyperparameter away from its default, as far as they do not exclude each other."""
-    values = {"lr": 0.125, "momentum": 0.5, "tau": 7, "rho": 0.3}
+    values = {
+        "lr": 0.125, "momentum": 0.5, "tau": 1 if name == "mdownpour" else 7, "rho": 0.3, "first": "worker",
+        "average_rate": 0.5, "beta1": 0.5, "beta2": 0.25, "epsilon": 0.125, "delay": 3, "full_steps": 9,
+        "inner": "adagrad", "center_momentum": 0.5, "outer_lr": 0.25, "outer_momentum": 0.5,
+    }  # fmt: skip
     return RULES[name](**{one.name: values.get(one.name, one.default) for one in fields(RULES[name])})
 
 
@@ -59,6 +64,7 @@ def test_every_field_has_another_value_to_be_tested_with() -> None:
 @pytest.mark.parametrize("changed", [{}, {"steps": None}, {"epochs": None}])
 def test_a_configuration_survives_json(name: str, changed: dict[str, Any]) -> None:
     values = OTHER | ({"workers": 1} if RULES[name].sequential else {}) | (changed or {"epochs": None})
+    values["turns"] = RULES[name].orders[-1]
     config = Config(rule=other_rule(name), **values)
     text = json.dumps(config.to_json(), allow_nan=False)
     assert Config.from_json(json.loads(text)) == config
@@ -103,7 +109,17 @@ def test_an_unknown_field_in_json_tells_of_another_version() -> None:
     (lambda: of("easgd", steps="100"), "steps='100': must be a whole number, not str"),
     (lambda: of("easgd", workers=True), "workers=True: must be a whole number, not bool"),
     (lambda: of("easgd", epochs="3"), "epochs='3': must be a number, not str"),
-    (lambda: of("easgd", turns="Strict"), "turns=Strict: must be one of strict, free"),
+    (lambda: of("easgd", turns="Strict"), "turns=Strict: must be one of strict, free, none, together"),
+    (lambda: of("easgd", turns="together"), "turns=together: the rule easgd is defined for turns=strict or free or "),
+    (lambda: of("easgd-sync", turns="strict"), "turns=strict: the rule easgd-sync is defined for turns=together;"),
+    (lambda: of("adownpour", turns="none"), "turns=none: the rule adownpour is defined for turns=strict or free;"),
+    (lambda: of("easgd", schedule="linear"), "schedule=linear: must be one of constant, step, cosine, sqrt"),
+    (lambda: of("easgd", schedule="step"), "schedule=step: .* give lr_step"),
+    (lambda: of("easgd", lr_step=5), "lr_step=5: belongs to the schedule step, but schedule=constant"),
+    (lambda: of("easgd", schedule="cosine", lr_decay=0.5), "lr_decay=0.5: belongs to the schedule step"),
+    (lambda: of("easgd", schedule="step", lr_step=5, lr_decay=1.5), r"lr_decay=1.5: .* \(0, 1\]"),
+    (lambda: of("easgd", warmup=-1), "warmup=-1: must be at least 0"),
+    (lambda: of("asgd", workers=2), "workers=2: the rule asgd is sequential"),
     (lambda: EASGD(tau=2.5), "tau=2.5: must be a whole number"),
     (lambda: EASGD(alpha="0.1"), "alpha='0.1': must be a number"),
     (lambda: SGD(lr=None), "lr=None: must be a number, not NoneType"),
@@ -111,7 +127,7 @@ def test_an_unknown_field_in_json_tells_of_another_version() -> None:
     (lambda: Config(rule=EASGD(beta=9)), r"beta=9.0: α = β/p = 2.25, but .* choose beta at most p = 4"),
     (lambda: Config(rule=EAMSGD(rho=21, lr=0.05), workers=1), "rho=21.0: α = ηρ = 1.05, but .* at most 1/lr = 20"),
     (lambda: of("easgd", data=5), "data=5: must be a word, not int"),
-    (lambda: rule_class("EASGD2"), "rule=EASGD2: the rules are sgd"),
+    (lambda: rule_class("EASGD2"), "rule=EASGD2: the rules are easgd, eamsgd"),
     (lambda: Fault("explode", 0), "kind=explode: must be one of kill"),
 ])  # fmt: skip
 def test_a_mistake_is_told_when_the_object_is_made(make: Any, sentence: str) -> None:
@@ -122,7 +138,15 @@ def test_a_mistake_is_told_when_the_object_is_made(make: Any, sentence: str) -> 
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_choice_can_be_made(name: str) -> None:
     for choice in CHOICES[name]:
-        assert getattr(of("easgd", **{name: choice}), name) == choice
+        rule = "easgd-sync" if choice == "together" else "easgd"
+        needed = {"lr_step": 5} if choice == "step" else {}
+        assert getattr(of(rule, **{name: choice}, **needed), name) == choice
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_order_of_turns_is_the_first_that_the_rule_is_defined_for(name: str) -> None:
+    assert of(name).turns == RULES[name].orders[0]
+    assert {of(name, turns=order).turns for order in RULES[name].orders} == set(RULES[name].orders)
 
 
 @pytest.mark.parametrize("name, least", [
@@ -147,9 +171,17 @@ def test_the_limits_from_above_may_be_reached() -> None:
 
 @pytest.mark.parametrize("name", [name for name in OTHER if name not in RESUMABLE | {"faults"}])
 def test_a_change_of_what_is_computed_is_a_difference(name: str) -> None:
-    values = {"rule": EASGD(), "steps": 10} | {name: OTHER[name]}
-    found = differences(Config(rule=EASGD(), steps=10), Config(**values))
-    assert found == {name: (getattr(Config(rule=EASGD()), name), OTHER[name])}
+    decays = {"schedule": "step", "lr_step": 7, "lr_decay": 0.25} if name.startswith("lr_") else {"lr_step": None}
+    before = {"rule": EASGD(), "steps": 10} | decays
+    after = before | {name: OTHER[name]} | ({"lr_step": 7} if name == "schedule" else {})
+    found = differences(Config(**before), Config(**after))
+    assert found.pop(name) == (getattr(Config(**before), name), OTHER[name])
+    assert found == ({"lr_step": (None, 7)} if name == "schedule" else {})
+
+
+def test_the_length_of_a_run_with_a_cosine_is_part_of_what_is_computed() -> None:
+    before, after = (of("easgd", schedule="cosine", steps=steps) for steps in (10, 20))
+    assert differences(before, after) == {"steps": (10, 20)}
 
 
 @pytest.mark.parametrize("name", sorted(RESUMABLE | {"faults"}))
@@ -175,8 +207,8 @@ def test_a_rule_is_documented_by_its_formula_and_its_source(name: str) -> None:
     rule = RULES[name]
     assert rule.name == name and rule_class(name) is rule and getattr(easgd_local, rule.__name__) is rule
     first, _, rest = inspect.getdoc(rule).partition("\n\n")
-    assert re.search(r"x <- x|v <- ", rest), "its formula"
-    assert re.search(r"\d{4}.*\((arXiv:\d{4}\.\d{4,5}|doi:\S+)", first), "its source, with year and number"
+    assert re.search(r"[xcvmsu](\^i|_b)? +<- ", rest), "its formula"
+    assert re.search(r"\d{4}.*\((arXiv:\d{4}\.\d{4,5}|doi:\S+)", first, re.DOTALL), "its source, with year and number"
     assert all(one.metadata["help"] for one in fields(rule))
 
 
@@ -208,7 +240,7 @@ def test_the_stability_bound_is_the_edge_of_the_warning(rule: Any) -> None:
     bound = 2 / 3
     assert rule(lr=1.0, alpha=bound - 1e-9).warnings(3) == []
     [sentence] = rule(lr=1.0, alpha=bound + 1e-9).warnings(3)
-    assert re.match(r"alpha=0.6667 is beyond the stability bound \(4 - 2ηh\)/\(4 - ηh\) = 0.6667 .* lower", sentence)
+    assert re.match(r"alpha=0.6667 is beyond the stability bound \(4 - 2ηh\)/\(4 - ηh\) = 0.6667 of .* lower", sentence)
     assert rule().warnings(1) == []  # the defaults are stable even alone
     assert rule(lr=2.5, alpha=0.01).warnings(4)
 

@@ -68,7 +68,8 @@ class Elastic(Rule):
         else:
             beta = BETA if self.beta is None else self.beta
             over, of = (self.tau, "τp") if self.beta_per == "step" else (1, "p")
-            alpha, how, most = beta / (over * workers), f"beta={beta}: α = β/{of}", f"beta at most {over * workers}"
+            alpha, how = beta / (over * workers), f"beta={beta}: α = β/{of}"
+            most = f"beta at most {of} = {over * workers}"
         if alpha > 1:
             raise ValueError(f"{how} = {alpha:.4g}, but the moving rate must lie in [0, 1]; choose {most}.")
         return alpha
