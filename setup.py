@@ -42,7 +42,7 @@ setup(
     # The kernels lie at the top of the repository, but `kernels` is also the name of a public package.
     packages=[*find_packages(include=["easgd_local", "easgd_local.*"]), "easgd_local.kernels"],
     package_dir={"easgd_local.kernels": "kernels"},
-    package_data={"easgd_local": ["data/*.npz", "data/*.md"], "easgd_local.kernels": ["*.cu"]},
+    package_data={"easgd_local": ["data/*.npz", "data/*.md"], "easgd_local.kernels": ["*.cu", "*.cuh"]},
     entry_points={"console_scripts": ["easgd-local = easgd_local.cli:main"]},
     install_requires=[
         "matplotlib>=3.8",

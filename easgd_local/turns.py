@@ -183,6 +183,8 @@ class _Rounds(_Waiting):
         self._count(b)
         self.center.visited[b] = self.round + 1
         if place == self.workers - 1:
+            # 1. We close the block, 2. we die, 3. the launcher passes our turn and must not close it again.
+            self.center.visited[b] = 0
             self._close(block)
             if snapshot:
                 self._write_snapshot(b)

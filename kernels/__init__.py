@@ -5,12 +5,15 @@ Installed only as `easgd_local.kernels`, because `kernels` is also the name of a
 
 from pathlib import Path
 
+SHARED = "vectors.cuh"  # how every kernel goes through its vectors
+
 
 def source(name: str) -> str:
-    """The text of `<name>.cu`, to be handed to NVRTC."""
+    """The text of `<name>.cu` behind that of `vectors.cuh`, to be handed to NVRTC; messages name the two by line."""
     folder = Path(__file__).parent
     path = folder / f"{name}.cu"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.cu")))
         raise ValueError(f"kernel source {name!r}: no such file in easgd_local.kernels, which holds {known}.")
-    return path.read_text(encoding="utf-8")
+    files = (folder / SHARED, path)
+    return "".join(f'#line 1 "{file.name}"\n{file.read_text(encoding="utf-8")}' for file in files)

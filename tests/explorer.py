@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from easgd_local import turns
-from easgd_local.launcher import NEVER, Referee
+from easgd_local.referee import NEVER, Referee
+from easgd_local.rules.sgd import SGD
 from easgd_local.schedules import Calendar
 
 LIMIT = 2_000_000  # states; nothing here needs a tenth of it
@@ -104,12 +105,12 @@ def never(round: int) -> bool:
 class Op(NamedTuple):
     """One step of a worker's program: `kind` says what it does with the block, `turn` is the visit's number there."""
 
-    kind: str  # enter, read, write 0, write 1, await taken, copy 0, copy 1, leave
-    block: int
-    turn: int
+    kind: str
+    block: int  # or the worker that announces, or that is met
+    turn: int  # with p turns of a block in each round
 
 
-INSIDE = ("read", "write 0", "write 1", "await taken", "copy 0", "copy 1", "leave")
+LAST = ("withdraw", "close 0", "close 1", "await taken", "copy 0", "copy 1")  # only the last visitor of a round
 
 
 class StrictState(NamedTuple):
@@ -138,6 +139,8 @@ class Strict:
     The fields from `position` on are the protocol. Their defaults are the real one, other values are known to be wrong.
     """
 
+    order: ClassVar[str] = "strict"
+
     workers: int
     blocks: int
     rounds: int
@@ -148,6 +151,7 @@ class Strict:
     calendar: Calendar | None = None  # with τ = 1, so that rounds and steps are the same
     position: Callable[..., int] = turns.position
     walk: Callable[..., list[int]] = turns.walk
+    owner: Callable[..., int] = turns.owner
     visit: Sequence[str] = ("enter", "read", "write 0", "write 1", "await taken", "copy 0", "copy 1", "leave")
     supervisor: str = "reaps"  # or "times out", or "sleeps"
     readmits_early: int = 0  # rounds
@@ -181,9 +185,7 @@ class Strict:
         for rank in range(self.workers):
             alive = not state.dead[rank] and state.at[rank] < self.ends[rank]
             if alive and state.crashes and (self.mortal is None or rank in self.mortal):
-                yield state._replace(
-                    dead=put(state.dead, rank, True), read=put(state.read, rank, None), crashes=state.crashes - 1
-                )
+                yield self._die(state._replace(dead=put(state.dead, rank, True), crashes=state.crashes - 1), rank)
             if alive and self.supervisor == "times out" and NEVER not in state.gone:
                 yield state._replace(gone=put(state.gone, rank, NEVER))
 
@@ -195,19 +197,27 @@ class Strict:
         somebody_left = min(state.gone) < NEVER
         if somebody_left and (min(state.turn) < self.rounds * self.workers or state.reader[0] < len(self.snapshots)):
             return False
+        self._check_center(state)
+        return True
+
+    def _check_center(self, state: Any) -> None:
         if state.c != self.expected(state):
             self.errors.add("the center is not what the visits make of it")
-        return True
 
     def expected(self, state: StrictState) -> tuple[bytes, ...]:
         """The center after the visits that were made, in the fixed cyclic order of each block."""
         halves: list[list[tuple[int, int]]] = [[] for _ in range(2 * self.blocks)]
+        for rank, op in self._made(state):
+            if op.kind.startswith("write"):
+                halves[2 * op.block + int(op.kind[-1])].append((op.turn, self._mark(rank, op)))
+        return tuple(bytes(mark for _, mark in sorted(half)) for half in halves)
+
+    def _made(self, state: Any) -> Iterator[tuple[int, Op]]:
+        """The operations that were made, by whom."""
         for rank, program in enumerate(self.programs):
             for number, op in enumerate(program):
-                made = number < state.first_life[rank] or state.start[rank] <= number < state.at[rank]
-                if made and op.kind.startswith("write"):
-                    halves[2 * op.block + int(op.kind[-1])].append((op.turn, self._mark(rank, op)))
-        return tuple(bytes(mark for _, mark in sorted(half)) for half in halves)
+                if number < state.first_life[rank] or state.start[rank] <= number < state.at[rank]:
+                    yield rank, op
 
     # The workers
 
@@ -220,7 +230,7 @@ class Strict:
                 ops += [
                     Op(kind, b, k * self.workers + place)
                     for kind in self.visit
-                    if copies or kind not in ("await taken", "copy 0", "copy 1")
+                    if copies or kind not in LAST
                 ]
         return ops
 
@@ -230,7 +240,15 @@ class Strict:
         return sum(1 for _ in before)
 
     def _mark(self, rank: int, op: Op) -> int:
-        return op.turn // self.workers * self.workers + rank
+        return op.turn // self.workers * self.marks + rank
+
+    @property
+    def marks(self) -> int:
+        """How many kinds of marks a round can leave."""
+        return self.workers
+
+    def _die(self, state: Any, rank: int) -> Any:
+        return state._replace(read=put(state.read, rank, None))
 
     def _work(self, state: StrictState, rank: int) -> Iterator[StrictState]:
         op = self.programs[rank][state.at[rank]]
@@ -261,7 +279,7 @@ class Strict:
         for other in range(self.workers):
             if other != rank and not state.dead[other] and state.at[other] < self.ends[other]:
                 theirs = self.programs[other][state.at[other]]
-                if theirs.block == op.block and theirs.kind in INSIDE:
+                if theirs.block == op.block and theirs.kind in self.visit[1:]:
                     self.errors.add("two workers in one block")
 
     def _write(self, state: StrictState, on: StrictState, rank: int, op: Op) -> StrictState:
@@ -299,22 +317,29 @@ class Strict:
         for rank in range(self.workers):
             finished = state.at[rank] == self.ends[rank] and rank in self.stops
             if (state.dead[rank] or finished) and state.gone[rank] != NEVER:
-                yield state._replace(gone=put(state.gone, rank, NEVER))
+                yield self._retire(state, rank)
             elif state.dead[rank] and state.readmissions:
                 yield state._replace(launcher=("readmit", rank), readmissions=state.readmissions - 1)
         for block, turn in self._turns_to_pass(state.turn, state.gone):
-            last = turn % self.workers == self.workers - 1
-            if not (last and self.snapshot_after(turn // self.workers) and self.launcher_copies):
-                yield self._pass(state, block, turn)
-            elif self._may_copy(state, turn):
-                yield state._replace(launcher=("copy", 0, block, turn))
+            copies = self._is_last(turn) and self.snapshot_after(turn // self.workers) and self.launcher_copies
+            if not copies or self._may_copy(state, turn):
+                yield self._begin_to_pass(state, block, turn, copies)
+
+    def _retire(self, state: Any, rank: int) -> Any:
+        return state._replace(gone=put(state.gone, rank, NEVER))
+
+    def _begin_to_pass(self, state: Any, block: int, turn: int, copies: bool) -> Any:
+        return state._replace(launcher=("copy", 0, block, turn)) if copies else self._pass(state, block, turn)
+
+    def _is_last(self, turn: int) -> bool:
+        return turn % self.workers == self.workers - 1
 
     def _turns_to_pass(self, turn: tuple[int, ...], gone: tuple[int, ...]) -> list[tuple[int, int]]:
         """The first turn that each block can be passed now: any of them may be next, whatever the order of the list."""
         if not any(gone):
             return []
         believed = {rank: first for rank, first in enumerate(gone) if first}
-        answer = turns.pass_turns(list(turn), believed, self.workers, self.blocks)
+        answer = turns.pass_turns(list(turn), believed, self.workers, self.blocks, self.owner)
         return [(b, s) for b, s in answer if s == turn[b] and s < self.rounds * self.workers]
 
     def _pass(self, state: StrictState, block: int, turn: int) -> StrictState:
@@ -327,17 +352,21 @@ class Strict:
         if len(words) < self.blocks:
             return state._replace(launcher=("readmit", rank, *words, state.turn[len(words)]))
         first = self._first_waiting(rank, tuple(words)) - self.readmits_early
-        start = self._first_op(rank, first)
+        start = self._joins_at(rank, first)
         return state._replace(
             launcher=(), gone=put(state.gone, rank, first), dead=put(state.dead, rank, False),
             first_life=put(state.first_life, rank, state.at[rank]), at=put(state.at, rank, start),
             start=put(state.start, rank, start),
         )  # fmt: skip
 
+    def _joins_at(self, rank: int, round: int) -> int:
+        """The operation with which a new worker begins whose first round is this."""
+        return self._first_op(rank, round)
+
     def _first_waiting(self, rank: int, words: tuple[int, ...]) -> int:
         layout = SimpleNamespace(workers=self.workers, blocks=self.blocks)
-        center: Any = SimpleNamespace(turn=list(words), layout=layout)
-        referee = Referee(center, self.calendar or Calendar(1, self.rounds), strict=True)
+        center: Any = SimpleNamespace(turn=list(words), read=[0] * self.workers, layout=layout, vectors={})
+        referee = Referee(center, self.calendar or Calendar(1, self.rounds), SGD(), self.order)
         referee.retire(rank)
         return referee.readmit(rank)
 
@@ -351,13 +380,210 @@ class Strict:
         if min(state.turn) < (round + 1) * self.workers:
             return
         for place in (2 * block, 2 * block + 1):
-            after_round = bytes(mark for mark in state.c[place] if mark // self.workers <= round)
+            after_round = bytes(mark for mark in state.c[place] if mark // self.marks <= round)
             if state.snapshot[place] != after_round:
                 self.errors.add("a snapshot is not the center after its round")
         if block + 1 < self.blocks:
             yield state._replace(reader=(number, block + 1))
         else:
             yield state._replace(reader=(number + 1, 0), taken=round + 1)
+
+
+# The rendezvous
+
+
+class TogetherState(NamedTuple):
+    """One moment in a rendezvous: as under strict turns, and the words that only a rendezvous looks at."""
+
+    turn: tuple[int, ...]
+    visited: tuple[int, ...]
+    has_read: tuple[int, ...]  # the words `read` of the center
+    c: tuple[bytes, ...]
+    snapshot: tuple[bytes, ...]
+    taken: int
+    at: tuple[int, ...]
+    dead: tuple[bool, ...]
+    gone: tuple[int, ...]
+    launcher: tuple[Any, ...]
+    reader: tuple[int, int]
+    crashes: int
+    readmissions: int
+    first_life: tuple[int, ...]
+    start: tuple[int, ...]
+
+
+@dataclass
+class Together(Strict):
+    """As `Strict`, but all read the center before anybody moves it, and each round of a block is closed.
+
+    In its rounds a worker reads every block, meets the others, and visits every block; after its last it reads once
+    more, as rules do that go on from the new center. A worker that finishes early leaves after such a reading. A
+    readmitted one begins with a visit, without a reading, as `Worker.join` does.
+
+    A close leaves the mark p of its round, so that the history of every block must be sorted.
+    """
+
+    order: ClassVar[str] = "together"
+
+    owner: Callable[..., int] = turns.by_rank
+    visit: Sequence[str] = (
+        "enter", "write 0", "write 1", "visited", "withdraw", "close 0", "close 1", "await taken", "copy 0", "copy 1", "leave",
+    )  # fmt: skip
+    meets: bool = True
+    reads: str = "after the round before"  # or "at once"
+    retires_readers: bool = True
+    launcher_closes: str = "visited"  # rounds; or "every", or "no"
+
+    def initial(self) -> Any:
+        p, G = self.workers, self.blocks
+        return TogetherState(
+            turn=(0,) * G, visited=(0,) * G, has_read=(0,) * p, c=(b"",) * 2 * G, snapshot=(b"",) * 2 * G, taken=0,
+            at=(0,) * p, dead=(False,) * p, gone=(0,) * p, launcher=(), reader=(0, 0), crashes=self.crashes,
+            readmissions=self.readmissions, first_life=(0,) * p, start=(0,) * p,
+        )  # fmt: skip
+
+    def _check_center(self, state: TogetherState) -> None:
+        """Every block has seen the visits that were made, in the order of ranks, and a close of each round to which
+        somebody came, if its last visitor did not die in the close."""
+        writes: list[set[int]] = [set() for _ in range(2 * self.blocks)]
+        came = set()
+        for rank, op in self._made(state):
+            if op.kind.startswith("write"):
+                writes[2 * op.block + int(op.kind[-1])].add(self._mark(rank, op))
+            elif op.kind == "visited" and self._is_over(state, op.block, op.turn // self.workers):
+                came.add((op.block, op.turn // self.workers))
+        for place, half in enumerate(state.c):
+            visits = {mark for mark in half if mark % self.marks < self.workers}
+            if visits != writes[place] or list(half) != sorted(half):
+                self.errors.add("the center is not what the visits make of it")
+        for block, round in came.difference(self._torn(state)):
+            if not all(round * self.marks + self.workers in half for half in state.c[2 * block : 2 * block + 2]):
+                self.errors.add("a round to which somebody came is not closed")
+
+    def _torn(self, state: TogetherState) -> Iterator[tuple[int, int]]:
+        """(block, round) whose last visitor died between its own visit and the end of the close."""
+        for number in (state.first_life[-1], *([state.at[-1]] if state.dead[-1] else [])):
+            op = self.programs[-1][number]
+            if op.kind in self.visit[self.visit.index("visited") + 1 :]:
+                yield op.block, op.turn // self.workers
+
+    def _is_over(self, state: TogetherState, block: int, round: int) -> bool:
+        return state.turn[block] >= (round + 1) * self.workers
+
+    # The workers
+
+    def _program(self, rank: int) -> list[Op]:
+        ops, p = [], self.workers
+        for k in range(self.rounds):
+            ops += [Op("read center", b, k * p) for b in range(self.blocks)] + [Op("announce", rank, k * p)]
+            ops += [Op("meet", other, k * p) for other in range(p) if self.meets]
+            for b in range(self.blocks):
+                ops += [Op(kind, b, k * p + rank) for kind in self.visit if self._does(rank, k, kind)]
+        return ops + [Op("read center", b, self.rounds * p) for b in range(self.blocks)]
+
+    def _does(self, rank: int, round: int, kind: str) -> bool:
+        last = rank == self.workers - 1
+        always = kind in ("withdraw", "close 0", "close 1")
+        return kind not in LAST or (last and (always or self.snapshot_after(round)))
+
+    def _first_op(self, rank: int, round: int) -> int:
+        """The end of the reading with which a round begins."""
+        first = (round * self.workers, "announce")
+        program = self.programs[rank]
+        return next((n for n, op in enumerate(program) if (op.turn, op.kind) == first), len(program))
+
+    @property
+    def marks(self) -> int:
+        return self.workers + 1
+
+    def _die(self, state: Any, rank: int) -> Any:
+        return state
+
+    def _work(self, state: Any, rank: int) -> Iterator[Any]:
+        op = self.programs[rank][state.at[rank]]
+        on = state._replace(at=put(state.at, rank, state.at[rank] + 1))
+        match op.kind:
+            case "read center":
+                if state.turn[op.block] >= op.turn or self.reads == "at once":
+                    self._check_reading(state, op)
+                    yield on
+            case "announce":
+                yield on._replace(has_read=put(state.has_read, rank, op.turn // self.workers + 1))
+            case "meet":
+                if state.has_read[op.block] > op.turn // self.workers:
+                    yield on
+            case "write 0" | "write 1":
+                self._check_writing(state, rank, op)
+                place = 2 * op.block + int(op.kind[-1])
+                yield on._replace(c=put(state.c, place, state.c[place] + bytes([self._mark(rank, op)])))
+            case "visited":
+                yield on._replace(visited=put(state.visited, op.block, op.turn // self.workers + 1))
+            case "withdraw":
+                yield on._replace(visited=put(state.visited, op.block, 0))
+            case "close 0" | "close 1":
+                self._check_turn(state, op)
+                yield self._close(on, 2 * op.block + int(op.kind[-1]), op.turn)
+            case _:
+                yield from super()._work(state, rank)
+
+    def _check_reading(self, state: TogetherState, op: Op) -> None:
+        """What is read is the center after the round before: a function of the history, hence the same for all."""
+        round = op.turn // self.workers
+        if any(mark // self.marks >= round for half in state.c[2 * op.block : 2 * op.block + 2] for mark in half):
+            self.errors.add("a block is read after somebody's visit")
+        if not self._is_over(state, op.block, round - 1):
+            self.errors.add("a block is read before the end of the round before")
+
+    def _check_writing(self, state: TogetherState, rank: int, op: Op) -> None:
+        self._check_turn(state, op)
+        round = op.turn // self.workers
+        for other in range(self.workers):
+            if other != rank and not state.dead[other] and state.at[other] < self.ends[other]:
+                theirs = self.programs[other][state.at[other]]
+                now = theirs.turn // self.workers
+                if now < round or (now == round and theirs.kind == "read center" and theirs.block <= op.block):
+                    self.errors.add("a block is written before everybody has read it")
+
+    def _check_turn(self, state: TogetherState, op: Op) -> None:
+        """As nobody moves a block in another turn, all who read it between two rounds read the same."""
+        if state.turn[op.block] != op.turn:
+            self.errors.add("a block is moved in another turn")
+
+    def _close(self, state: Any, place: int, turn: int) -> Any:
+        round = turn // self.workers
+        if not any(mark // self.marks == round for mark in state.c[place]):
+            self.errors.add("a round to which nobody came is closed")
+        mark = round * self.marks + self.workers
+        if mark in state.c[place]:
+            self.errors.add("a round is closed twice")
+        return state._replace(c=put(state.c, place, state.c[place] + bytes([mark])))
+
+    # The launcher
+
+    def _launch(self, state: Any) -> Iterator[Any]:
+        match state.launcher:
+            case ("close", half, block, turn, copies):
+                after = ("copy", 0, block, turn) if copies else ("pass", block, turn)
+                following = after if half else ("close", 1, block, turn, copies)
+                yield self._close(state, 2 * block + half, turn)._replace(launcher=following)
+            case _:
+                yield from super()._launch(state)
+
+    def _retire(self, state: Any, rank: int) -> Any:
+        retired = super()._retire(state, rank)
+        return retired._replace(has_read=put(state.has_read, rank, NEVER)) if self.retires_readers else retired
+
+    def _begin_to_pass(self, state: Any, block: int, turn: int, copies: bool) -> Any:
+        came = state.visited[block] == turn // self.workers + 1
+        if self._is_last(turn) and {"visited": came, "every": True, "no": False}[self.launcher_closes]:
+            return state._replace(launcher=("close", 0, block, turn, copies))
+        return super()._begin_to_pass(state, block, turn, copies)
+
+    def _readmit(self, state: Any, rank: int, words: list[int]) -> Any:
+        after = super()._readmit(state, rank, words)
+        if after.launcher:
+            return after
+        return after._replace(has_read=put(state.has_read, rank, after.gone[rank]))
 
 
 # The free order
@@ -510,4 +736,45 @@ class Free:
 
     def _center(self, request: Any, grant: Any, done: Any) -> Any:
         layout = SimpleNamespace(workers=self.workers, blocks=self.blocks)
-        return SimpleNamespace(layout=layout, request=list(request), grant=list(grant), done=list(done))
+        updates = [0] * self.blocks
+        words = {"request": list(request), "grant": list(grant), "done": list(done)}
+        return SimpleNamespace(layout=layout, updates=updates, **words)
+
+
+# No order
+
+
+class HogwildState(NamedTuple):
+    """One coordinate of the center, and what each worker does to it: additions made, and what it has read for one."""
+
+    c: int
+    made: tuple[int, ...]
+    read: tuple[int | None, ...]
+
+
+@dataclass
+class Hogwild:
+    """Workers that add numbers to one coordinate, so many times each, by a load and a store."""
+
+    adds: tuple[int, ...]
+    times: int
+
+    def __post_init__(self) -> None:
+        self.errors: set[str] = set()
+
+    def initial(self) -> HogwildState:
+        return HogwildState(0, (0,) * len(self.adds), (None,) * len(self.adds))
+
+    def steps(self, state: HogwildState) -> Iterator[HogwildState]:
+        for rank, add in enumerate(self.adds):
+            read, made = state.read[rank], state.made[rank]
+            if read is not None:
+                yield HogwildState(read + add, put(state.made, rank, made + 1), put(state.read, rank, None))
+            elif made < self.times:
+                yield state._replace(read=put(state.read, rank, state.c))
+
+    def accidents(self, state: HogwildState) -> Iterator[HogwildState]:
+        return iter(())
+
+    def is_done(self, state: HogwildState) -> bool:
+        return True

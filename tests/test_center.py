@@ -101,7 +101,7 @@ def offsets_bytes(center: Center, name: str) -> list[int]:
 def test_every_control_word_has_a_line_of_its_own():
     with Center.create(Layout(2, 31)) as center:
         places = [place for name in center.layout.word_counts for place in offsets_bytes(center, name)]
-        assert len(places) == sum(center.layout.word_counts.values()) == 2 + 6 + 4 + 5 * 2 + 4
+        assert len(places) == sum(center.layout.word_counts.values()) == 4 * 2 + 6 + 4 + 5 * 2 + 4 + 2
         assert LINE_BYTES == 128 and all(place % LINE_BYTES == 0 for place in places)
         assert len(set(places)) == len(places)
         assert min(places) == PAGE and max(places) < center.layout.vectors_offset_bytes  # header before, vectors after
@@ -161,7 +161,7 @@ def test_who_attaches_sees_the_same_memory(center):
 def test_another_center_than_described_is_refused(center, p, n, block_bytes):
     other = Layout(p, n, ("c", "second"), block_bytes)
     assert other.size_bytes <= SMALL.size_bytes  # refused for its header, not for its size
-    with pytest.raises(ValueError, match=r"center header \[\d+, 1, 3, 9, 1023\]: expected"):
+    with pytest.raises(ValueError, match=r"center header \[\d+, 2, 3, 9, 1023\]: expected"):
         Center.attach(other, center.fd)
 
 
@@ -241,16 +241,29 @@ def test_leaving_the_context_closes_also_after_an_error():
 # Snapshots and the digest
 
 
+UPDATES_OF_BLOCKS = [7, 8, 9, 6, 11, 8, 5, 10, 7]
+
+
 def fill(center: Center) -> None:
     center.vectors["c"][:] = np.arange(1023)
     center.vectors["second"][:] = -np.arange(1023)
+    for b, count in enumerate(UPDATES_OF_BLOCKS):
+        center.updates[b] = count
 
 
-@pytest.mark.parametrize("blocks", [[None], all_blocks(SMALL)], ids=["at once", "block by block"])
-def test_a_snapshot_copies_every_shared_vector(center, blocks):
+def whole(center: Center) -> None:
+    center.take_whole_snapshot()
+
+
+def block_by_block(center: Center) -> None:
+    for b in range(SMALL.blocks):
+        center.take_snapshot(b)
+
+
+@pytest.mark.parametrize("take", [whole, block_by_block])
+def test_a_snapshot_copies_every_shared_vector(center, take):
     fill(center)
-    for block in blocks:
-        center.take_snapshot(block)
+    take(center)
     center.vectors["c"][:] = center.vectors["second"][:] = 0
     assert np.array_equal(center.snapshot["c"], np.arange(1023))
     assert np.array_equal(center.snapshot["second"], -np.arange(1023))
@@ -259,11 +272,58 @@ def test_a_snapshot_copies_every_shared_vector(center, blocks):
 def test_a_snapshot_of_one_block_leaves_the_others_alone(center):
     fill(center)
     block = center.layout.block(4)
-    center.take_snapshot(block)
+    center.take_snapshot(4)
     for name in SMALL.shared:
         expected = np.zeros(1023)
         expected[block] = center.vectors[name][block]
         assert np.array_equal(center.snapshot[name], expected)
+    assert list(center.updates_snapshot) == [0, 0, 0, 0, 11, 0, 0, 0, 0]
+
+
+def test_a_state_is_what_the_snapshot_holds_whatever_happens_afterwards(center):
+    fill(center)
+    center.take_whole_snapshot()
+    state = center.state()
+    for vector in (*center.vectors.values(), *center.snapshot.values()):
+        vector[:] = 5
+    for b in range(9):
+        center.updates[b] = center.updates_snapshot[b] = 5
+    assert state.keys() == {"c", "second", "updates"}
+    assert np.array_equal(state["c"], np.arange(1023)) and np.array_equal(state["second"], -np.arange(1023))
+    assert state["updates"].tolist() == UPDATES_OF_BLOCKS
+    assert {name: value.dtype for name, value in state.items()} == {"c": "f4", "second": "f4", "updates": "i8"}
+
+
+def test_a_restored_center_is_the_one_that_gave_its_state(center):
+    fill(center)
+    center.take_whole_snapshot()
+    with Center.create(SMALL) as other:
+        other.restore(center.state())
+        for name in SMALL.shared:
+            assert np.array_equal(other.vectors[name], center.vectors[name])
+        assert list(other.updates) == UPDATES_OF_BLOCKS
+        other.take_whole_snapshot()
+        assert {name: value.tolist() for name, value in other.state().items()} == {
+            name: value.tolist() for name, value in center.state().items()
+        }
+
+
+@pytest.mark.parametrize("workers, block_bytes", [(3, 1024), (2, 512), (3, 64)])
+def test_a_center_cut_into_other_blocks_goes_on_from_the_smallest_count(center, workers, block_bytes):
+    fill(center)
+    center.take_whole_snapshot()
+    with Center.create(Layout(workers, 1023, ("c", "second"), block_bytes)) as other:
+        assert other.layout.blocks != SMALL.blocks
+        other.restore(center.state())
+        assert np.array_equal(other.vectors["c"], np.arange(1023))
+        assert np.array_equal(other.vectors["second"], -np.arange(1023))
+        assert set(other.updates) == {min(UPDATES_OF_BLOCKS)}
+
+
+def test_a_vector_that_the_state_does_not_name_is_left_alone(center):
+    fill(center)
+    center.restore({"c": np.ones(1023, np.float32), "updates": np.zeros(9, np.int64)})
+    assert set(center.vectors["c"]) == {1} and np.array_equal(center.vectors["second"], -np.arange(1023))
 
 
 def test_the_digest_is_over_the_bytes_of_c(center):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +18,23 @@ from hypothesis import strategies as st
 
 from easgd_local import turns
 from easgd_local.center import Center, Layout
-from easgd_local.launcher import NEVER, Referee
+from easgd_local.referee import NEVER, Referee
+from easgd_local.rules.sgd import SGD
 from easgd_local.schedules import Calendar
-from easgd_local.turns import Aborted, Arbiter, FreeTurns, StrictTurns, owner, pass_turns, position, walk
+from easgd_local.turns import (
+    Aborted,
+    Arbiter,
+    FreeTurns,
+    NoTurns,
+    StrictTurns,
+    TogetherTurns,
+    owner,
+    pass_turns,
+    position,
+    walk,
+)
 from tests.conftest import eventually
-from tests.explorer import Explored, Free, Op, Strict, everything, explore
+from tests.explorer import Explored, Free, Hogwild, Op, Strict, Together, everything, explore
 
 EVERY_ROUND = Calendar(tau=1, steps=100, evaluate_every=1)
 NO_SNAPSHOTS = Calendar(tau=1, steps=100)
@@ -31,6 +44,7 @@ NO_SNAPSHOTS = Calendar(tau=1, steps=100)
 
 
 def flawless(model: Strict | Free) -> Explored:
+    """What is found when nothing breaks."""
     found = explore(model)
     assert not found.errors, found.story()
     assert found.endings
@@ -160,6 +174,108 @@ def test_passing_the_last_turn_without_copying_leaves_a_hole_in_the_snapshot():
     assert found == {"a snapshot is not the center after its round"}
 
 
+# Every interleaving of the rendezvous
+
+@pytest.mark.parametrize("workers, blocks", [(1, 1), (1, 3), (2, 2), (2, 4), (3, 3), (3, 6)])
+def test_together_every_interleaving_adds_in_the_order_of_ranks_and_closes_once(workers, blocks):
+    (ending,) = flawless(Together(workers, blocks, rounds=2)).endings
+    # A visit of worker i in round k is written (p + 1)k + i, and the close of the round (p + 1)k + p.
+    assert {tuple(half) for half in ending.c} == {tuple(range(2 * (workers + 1)))}
+
+
+@pytest.mark.parametrize(
+    "workers, blocks, mortal", [(2, 2, {0}), (2, 4, {0}), (3, 3, {0, 1}), (1, 2, None), (2, 4, None), (3, 3, {2})]
+)
+def test_together_a_crash_at_any_point_leaves_only_what_the_visits_made(workers, blocks, mortal):
+    found = flawless(Together(workers, blocks, rounds=2, crashes=1, mortal=mortal))
+    assert any(any(ending.dead) for ending in found.endings)
+
+
+def test_together_two_crashes_at_any_two_points_hold_nobody_up():
+    flawless(Together(2, 2, rounds=2, crashes=2))
+    flawless(Together(3, 2, rounds=1, crashes=2))
+
+
+@pytest.mark.parametrize("workers, blocks, rounds, who", [(2, 4, 3, 0), (2, 2, 3, 1), (3, 3, 2, 1), (3, 3, 2, 2)])
+def test_together_a_worker_that_finishes_early_holds_nobody_up(workers, blocks, rounds, who):
+    (ending,) = flawless(Together(workers, blocks, rounds, stops={who: 1})).endings
+    assert all(half.count(who) == 1 and len(half) == (workers + 1) * rounds - (rounds - 1) for half in ending.c)
+
+
+def test_together_a_worker_that_finishes_early_and_one_that_dies_hold_nobody_up():
+    flawless(Together(3, 3, rounds=2, stops={1: 1}, crashes=1, mortal={2}))
+
+
+@pytest.mark.parametrize("workers, blocks, rounds, mortal", [(2, 2, 3, None), (2, 4, 2, {1}), (3, 3, 2, {1})])
+def test_together_snapshots_are_the_center_after_the_close(workers, blocks, rounds, mortal):
+    flawless(Together(workers, blocks, rounds, calendar=EVERY_ROUND))
+    flawless(Together(workers, blocks, rounds, calendar=EVERY_ROUND, crashes=1, mortal=mortal))
+
+
+@pytest.mark.parametrize("workers, blocks, rounds", [(2, 2, 3), (3, 1, 3)])
+def test_together_a_readmitted_worker_joins_between_the_rounds(workers, blocks, rounds):
+    found = flawless(Together(workers, blocks, rounds, crashes=1, readmissions=1))
+    assert any(at > start > 0 for ending in found.endings for at, start in zip(ending.at, ending.start, strict=True))
+
+
+def together_errors(**values: Any) -> set[str]:
+    """What goes wrong in a small rendezvous with these parts replaced."""
+    return explore(Together(**({"workers": 2, "blocks": 2, "rounds": 2} | values)), everything).errors
+
+
+def test_together_writing_without_having_met_the_others_spoils_what_they_read():
+    assert together_errors(meets=False) == {
+        "a block is read after somebody's visit", "a block is written before everybody has read it",
+    }  # fmt: skip
+
+
+def test_together_reading_without_waiting_meets_a_round_that_is_not_over():
+    assert together_errors(reads="at once") == {"a block is read before the end of the round before"}
+
+
+@pytest.mark.parametrize("values", [{"crashes": 1, "mortal": {0}}, {"stops": {0: 1}}])
+def test_together_a_launcher_that_does_not_announce_the_gone_is_a_deadlock(values):
+    assert together_errors(retires_readers=False, **values) == {"deadlock"}
+
+
+def test_together_a_crash_without_a_launcher_is_a_deadlock():
+    assert together_errors(crashes=1, supervisor="sleeps") == {"deadlock"}
+
+
+def test_together_passing_turns_in_the_strict_order_is_a_deadlock():
+    assert together_errors(stops={0: 1}, owner=owner) == {"deadlock"}
+
+
+def test_together_a_last_visitor_that_dies_without_withdrawing_the_round_lets_it_be_closed_twice():
+    visit = tuple(kind for kind in Together.visit if kind != "withdraw")
+    assert together_errors(crashes=1, visit=visit) == {"a round is closed twice"}
+
+
+def test_together_a_launcher_that_closes_every_round_closes_those_to_which_nobody_came():
+    found = together_errors(stops={0: 1, 1: 1}, launcher_closes="every")
+    assert found == {"a round to which nobody came is closed"}
+
+
+def test_together_a_launcher_that_closes_no_round_leaves_those_open_that_the_last_worker_missed():
+    assert together_errors(stops={1: 1}, launcher_closes="no") == {"a round to which somebody came is not closed"}
+
+
+@pytest.mark.parametrize(
+    "visit, breach",
+    [
+        ("close, write, leave", "the center is not what the visits make of it"),
+        ("write, leave, close", "a block is moved in another turn"),
+        ("write, copy, close, leave", "a snapshot is not the center after its round"),
+        ("write, close, leave, copy", "a snapshot is not the center after its round"),
+    ],
+)
+def test_together_another_order_within_a_visit_is_wrong(visit, breach):
+    halves = {"write": ("write 0", "write 1", "visited"), "close": ("close 0", "close 1")}
+    halves |= {"copy": ("await taken", "copy 0", "copy 1"), "leave": ("leave",)}
+    ops = [op for part in visit.split(", ") for op in halves[part]]
+    assert breach in together_errors(visit=("enter", *ops), calendar=EVERY_ROUND if "copy" in visit else None)
+
+
 # Every interleaving of the free order
 
 
@@ -189,18 +305,18 @@ def test_free_a_supervisor_that_times_out_breaks_mutual_exclusion():
     assert found >= {"two workers in one block", "an update is lost"}
 
 
-# The explorer's program is what StrictTurns does
+# The explorer's programs are what StrictTurns and TogetherTurns do
 
 
 class Recorder(list):
     """Words that note every store."""
 
-    def __init__(self, values: list[int], log: list[tuple[str, int, int]]) -> None:
+    def __init__(self, values: list[int], log: list[tuple[str, int, int]], kind: str = "leave") -> None:
         super().__init__(values)
-        self.log = log
+        self.log, self.kind = log, kind
 
     def __setitem__(self, index: Any, value: int) -> None:
-        self.log.append(("leave", index, value))
+        self.log.append((self.kind, index, value))
         super().__setitem__(index, value)
 
 
@@ -211,7 +327,7 @@ def test_a_worker_does_what_the_explorer_believes(rank):
     number = {layout.block(b).start: b for b in range(layout.blocks)}
     center: Any = SimpleNamespace(
         layout=layout, turn=Recorder([0] * 6, log), abort=[0], waiting_for=[0] * 3, taken=[0],
-        take_snapshot=lambda block: log.append(("copy", number[block.start], center.taken[0])),
+        take_snapshot=lambda b: log.append(("copy", b, center.taken[0])), visited=[0] * 6, updates=[0] * 6,
     )  # fmt: skip
     ahead = (op for op in program if op.kind in ("enter", "await taken"))
 
@@ -232,14 +348,57 @@ def test_a_worker_does_what_the_explorer_believes(rank):
     assert one.round == 2
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_together_a_worker_does_what_the_explorer_believes(rank):
+    program, log = Together(3, 6, rounds=2, calendar=EVERY_ROUND).programs[rank], []
+    layout = Layout(3, 6 * 16, block_bytes=64)
+    number = {layout.block(b).start: b for b in range(layout.blocks)}
+    center: Any = SimpleNamespace(
+        layout=layout, turn=Recorder([0] * 6, log), abort=[0], waiting_for=[0] * 3, taken=[0], updates=[0] * 6,
+        visited=Recorder([0] * 6, log, "visited"), read=Recorder([0] * 3, log, "announce"),
+        take_snapshot=lambda b: log.append(("copy", b, center.taken[0])),
+    )  # fmt: skip
+    ahead = (op for op in program if op.kind in ("read center", "meet", "enter", "await taken"))
+
+    def note(kind: str, block: slice) -> None:
+        log.append((kind, number[block.start], center.turn[number[block.start]]))
+
+    def others() -> None:
+        """Does what the worker's next operation waits for."""
+        for op in ahead:
+            if op.kind in ("read center", "enter") and center.turn[op.block] < op.turn:
+                return list.__setitem__(center.turn, op.block, op.turn)
+            if op.kind == "meet" and center.read[op.block] <= op.turn // 3:
+                return list.__setitem__(center.read, op.block, op.turn // 3 + 1)
+            if op.kind == "await taken" and center.taken[0] < op.turn // 3:
+                center.taken[0] += 1
+                return None
+
+    one = TogetherTurns(center, rank, EVERY_ROUND, others, 0, lambda block: note("close", block))
+    for round in range(3):
+        for block in one.read():
+            note("read center", block)
+        for block in one.visit() if round < 2 else ():
+            assert min(center.read) == round + 1  # all have met
+            note("write", block)
+    assert log == list(notes(program))
+    assert one.round == 2
+
+
 def notes(program: list[Op]) -> Iterator[tuple[str, int, int]]:
     for op in program:
-        if op.kind == "write 0":
-            yield "write", op.block, op.turn
+        if op.kind in ("write 0", "close 0"):
+            yield op.kind[:-2], op.block, op.turn
         elif op.kind == "copy 0":
             yield "copy", op.block, op.turn // 3  # as many earlier snapshots have been taken
         elif op.kind == "leave":
             yield "leave", op.block, op.turn + 1
+        elif op.kind in ("announce", "visited"):
+            yield op.kind, op.block, op.turn // 3 + 1
+        elif op.kind == "withdraw":
+            yield "visited", op.block, 0
+        elif op.kind == "read center":
+            yield op.kind, op.block, op.turn
 
 
 # The formulas
@@ -334,7 +493,7 @@ def center_of() -> Iterator[Callable[..., Center]]:
 
 def test_the_launcher_takes_the_snapshot_for_the_dead_when_the_earlier_one_is_taken(center_of):
     center = center_of(2, 31)
-    referee = Referee(center, EVERY_ROUND, strict=True)
+    referee = Referee(center, EVERY_ROUND, SGD(), "strict")
     c, snapshot = center.vectors["c"], center.snapshot["c"]
     referee.retire(1)
     c[:] = 1
@@ -351,6 +510,53 @@ def test_the_launcher_takes_the_snapshot_for_the_dead_when_the_earlier_one_is_ta
     referee._pass()
     assert list(center.turn) == [4, 3]
     assert snapshot[:16].tolist() == [2] * 16
+
+
+class Closing(SGD):
+    """A rule whose close of a round adds 1000 to the block."""
+
+    def close(self, w: Any, b: slice) -> None:
+        w.c[b] += 1000
+
+
+def test_the_launcher_closes_for_the_dead_only_the_rounds_to_which_somebody_came(center_of):
+    center = center_of(2, 31)
+    referee = Referee(center, EVERY_ROUND, Closing(), "together")
+    referee.retire(1)
+    c, snapshot = center.vectors["c"], center.snapshot["c"]
+    for b in range(2):
+        center.turn[b] = 1  # worker 0's turn is over: it was made in block 0, and passed in block 1
+    center.visited[0] = 1
+    referee._pass()
+    assert list(center.turn) == [2, 2]
+    assert set(c[:16]) == {1000} and set(c[16:]) == {0}
+    assert np.array_equal(snapshot, c)
+    center.turn[0] = center.turn[1] = 3
+    center.visited[1], center.taken[0] = 2, 1
+    referee._pass()
+    assert set(c[:16]) == {1000} and set(c[16:]) == {1000}
+    assert np.array_equal(snapshot, c)
+
+
+def test_the_launcher_passes_the_turns_of_a_rendezvous_in_the_order_of_ranks(center_of):
+    center = center_of(3, 47)
+    referee = Referee(center, NO_SNAPSHOTS, Closing(), "together")
+    referee.retire(0), referee.retire(1)
+    referee._pass()
+    assert list(center.turn) == [2, 2, 2]  # worker 2 is the last in every block
+    assert not center.vectors["c"].any() and list(center.updates) == [0, 0, 0]
+
+
+def test_no_rendezvous_waits_for_the_gone_until_one_is_readmitted(center_of):
+    center = center_of(2, 31)
+    referee = Referee(center, NO_SNAPSHOTS, Closing(), "together")
+    referee.retire(1)
+    assert list(center.read) == [0, NEVER]
+    center.turn[0], center.turn[1] = 2 * 4, 2 * 5 + 1  # round 5 has begun
+    assert referee.readmit(1) == 6
+    assert list(center.read) == [0, 6]  # of the rounds 0 to 5; it is waited for in round 6
+    referee._pass()
+    assert list(center.turn) == [2 * 4, 2 * 6]
 
 
 def test_a_block_goes_to_the_next_worker_in_line(center_of):
@@ -469,6 +675,36 @@ def test_holding_is_nobodys_fault(center_of, clock_with):
     assert one.waited_for_s == [0, 1] and clock.now == 1001
 
 
+def together(center: Center, rank: int = 0, round: int = 0, calendar: Calendar = NO_SNAPSHOTS) -> TogetherTurns:
+    return TogetherTurns(center, rank, calendar, lambda: None, round)
+
+
+def test_together_the_time_of_waiting_is_charged_to_the_late_worker(center_of, clock_with):
+    center = center_of(3, 47)
+    seen = []
+
+    def meanwhile(polls: int) -> None:
+        seen.append(center.waiting_for[1])
+        match polls:
+            case 2:
+                center.turn[1] = 3  # worker 2 ends the first round of block 1
+            case 6:
+                center.read[0] = 2  # worker 0 has read, too
+            case 11:
+                center.read[2] = 2  # and worker 2
+            case 17:
+                center.turn[0] = center.turn[1] = center.turn[2] = 4  # worker 0 has visited all blocks
+
+    clock_with(meanwhile)
+    one = together(center, rank=1, round=1)
+    center.turn[0], center.turn[1], center.turn[2] = 3, 2, 3
+    assert len(list(one.read())) == 3 and center.read[1] == 0
+    assert len(list(one.visit())) == 3 and center.read[1] == 2
+    assert one.waited_for_s == [4 + 6, 0, 2 + 5] and one.wait_s == 17
+    assert seen == [3] * 2 + [1] * 4 + [3] * 5 + [1] * 6
+    assert center.waiting_for[1] == 0 and list(center.turn) == [5, 5, 5]
+
+
 def test_waiting_for_the_reader_of_a_snapshot_is_charged_to_the_worker_itself(center_of, clock_with):
     center = center_of(1, 15)
     clock_with(lambda polls: center.taken.__setitem__(0, polls // 4))
@@ -521,7 +757,29 @@ def free(center: Center) -> Any:
     return FreeTurns(center, 0, lambda: None)
 
 
-@pytest.mark.parametrize("make", [strict_first, strict_snapshot, free])
+def together_reading(center: Center) -> Any:
+    return SimpleNamespace(visit=together(center, round=1).read)
+
+
+def together_meeting(center: Center) -> Any:
+    return together(center)
+
+
+def together_visiting(center: Center) -> Any:
+    center.read[0] = 1
+    return together(center, rank=1)
+
+
+def together_snapshot(center: Center) -> Any:
+    center.read[0] = 2 + 1
+    center.turn[0] = center.turn[1] = 2 * 2 + 1
+    return together(center, rank=1, round=2, calendar=EVERY_ROUND)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [strict_first, strict_snapshot, free, together_reading, together_meeting, together_visiting, together_snapshot],
+)
 @pytest.mark.parametrize("word", [0, 2**62])
 def test_an_abort_releases_who_waits(center_of, clock_with, make, word):
     center = center_of(2, 31)
@@ -540,7 +798,15 @@ def test_an_abort_releases_who_waits(center_of, clock_with, make, word):
     assert 3 <= clock.yields <= 4
 
 
-@pytest.mark.parametrize("make", [strict_first, free])
+def none(center: Center) -> Any:
+    return NoTurns(center, 0, lambda: None)
+
+
+def together_first_reading(center: Center) -> Any:
+    return SimpleNamespace(visit=together(center).read)
+
+
+@pytest.mark.parametrize("make", [strict_first, free, together_first_reading, together_meeting, none])
 def test_after_an_abort_no_block_is_entered(center_of, make):
     center = center_of(1, 15)
     center.turn[0], center.grant[0], center.abort[0] = 2**62, 1, 1  # an abort's turn looks like one that has come
@@ -553,6 +819,118 @@ def test_a_turn_that_was_passed_is_an_error(center_of):
     center.turn[0] = 1
     with pytest.raises(AssertionError, match="block 0: turn 1 instead of 0"):
         next(strict_first(center).visit())
+
+
+def test_together_a_turn_that_was_passed_is_an_error(center_of):
+    center = center_of(1, 15)
+    center.turn[0] = 1
+    with pytest.raises(AssertionError, match="block 0: turn 1 instead of 0"):
+        next(together(center).visit())
+
+
+def test_together_a_block_is_closed_once_though_its_last_visitor_dies_in_the_close(center_of):
+    center = center_of(2, 31)
+    for b in range(2):
+        center.read[0] = center.turn[b] = center.visited[b] = 1  # worker 0 has been there
+    referee = Referee(center, NO_SNAPSHOTS, Closing(), "together")
+    c = center.vectors["c"]
+
+    def close_and_die(block: slice) -> None:
+        c[block] += 1000
+        raise ProcessLookupError
+
+    with pytest.raises(ProcessLookupError):
+        list(TogetherTurns(center, 1, NO_SNAPSHOTS, lambda: None, 0, close_and_die).visit())
+    referee.retire(1)
+    referee._pass()
+    assert center.turn[0] == 2 and set(c[:16]) == {1000}
+
+
+def test_together_only_the_last_visitor_closes_a_block_and_before_the_snapshot(center_of):
+    center = center_of(2, 31)
+    c = center.vectors["c"]
+
+    def close(block: slice) -> None:
+        c[block] += 1000
+
+    for b in range(2):
+        center.read[b] = 1
+    for _ in TogetherTurns(center, 0, EVERY_ROUND, lambda: None, 0, close).visit():
+        pass
+    assert not c.any() and list(center.visited) == list(center.updates) == [1, 1]
+    for block in TogetherTurns(center, 1, EVERY_ROUND, lambda: None, 0, close).visit():
+        c[block] += 1
+    assert set(c) == {1001} and np.array_equal(center.snapshot["c"], c)
+    assert list(center.updates_snapshot) == [2, 2]
+
+
+def test_none_visits_every_block_once_without_waiting_and_touches_no_word(center_of):
+    center = center_of(3, 47)
+    before = {name: list(getattr(center, name)) for name in center.layout.word_counts}
+
+    def hold() -> None:
+        raise AssertionError("waits")
+
+    one = NoTurns(center, 1, hold)
+    for _ in range(2):
+        assert list(one.visit()) == [center.layout.block(b) for b in (1, 2, 0)]
+    assert before == {name: list(getattr(center, name)) for name in center.layout.word_counts}
+    assert one.wait_s == 0 and one.waited_for_s == [0] * 3
+
+
+def test_none_leaves_at_the_next_block_after_an_abort(center_of):
+    center = center_of(3, 47)
+    visit = NoTurns(center, 1, lambda: None).visit()
+    next(visit)
+    center.abort[0] = 1
+    with pytest.raises(Aborted):
+        next(visit)
+
+
+# Counting updates
+
+
+@pytest.mark.parametrize("order, kind", [("strict", StrictTurns), ("together", TogetherTurns)])
+def test_updates_are_numbered_by_the_visits_that_were_made_not_by_the_turns(center_of, order, kind):
+    center = center_of(2, 31)
+    referee = Referee(center, NO_SNAPSHOTS, SGD(), order)
+    referee.retire(1)
+    one = kind(center, 0, NO_SNAPSHOTS, referee._pass, 0)
+    assert [[one.update for _ in one.visit()] for _ in range(3)] == [[1, 1], [2, 2], [3, 3]]
+    referee._pass()
+    assert min(center.turn) == 6 and list(center.updates) == [3, 3]
+
+
+def test_a_visit_that_is_not_completed_has_no_number(center_of):
+    center = center_of(1, 15)
+    next(strict_first(center).visit())  # and dies
+    assert center.updates[0] == 0
+
+
+@pytest.mark.parametrize("order", ["strict", "free"])
+def test_updates_go_on_from_those_of_an_earlier_run(center_of, order):
+    center = center_of(2, 31)
+    center.updates[0], center.updates[1] = 41, 31
+    center.turn[1] = center.grant[0] = center.grant[1] = 1
+    one = strict_first(center) if order == "strict" else free(center)
+    assert [one.update for _ in one.visit()] == [42, 32]
+    assert list(center.updates) == [42, 32] and one.stale == 0
+
+
+@pytest.mark.parametrize("order", ["strict", "together", "free"])
+def test_a_worker_is_as_stale_as_others_have_updated_any_block_since_its_own_visit(center_of, order):
+    center = center_of(3, 47)
+    one = {"strict": strict_first, "together": together, "free": free}[order](center)
+    found = []
+    for number, others in enumerate([(0, 0, 0), (2, 5, 1), (3, 0, 4), (6, 6, 6)], start=1):
+        for b in range(3):
+            center.updates[b] += others[b]
+            center.read[b] = center.grant[b] = number
+            place = position(b, 0, 3, 3) if order == "strict" else 0
+            center.turn[b] = 3 * (number - 1) + place
+        list(one.visit())
+        found.append(one.stale)
+    assert found == [0, 5, 5, 6]
 
 
 # Everybody at once
@@ -646,7 +1024,7 @@ def test_a_thread_that_dies_in_mid_block_changes_nothing_for_the_others(center_o
                     return referee.retire(1)  # the thread does nothing any more
                 c[b] += 100**rank
 
-    with Referee(center, NO_SNAPSHOTS, strict=True) as referee:
+    with Referee(center, NO_SNAPSHOTS, SGD(), "strict") as referee:
         Crew(center, work).join()
         referee.retire(0), referee.retire(2)
         assert eventually(lambda: min(center.turn) >= 3 * ROUNDS, 20)
@@ -668,7 +1046,7 @@ def test_free_three_threads_lose_no_visit(center_of, hurried):
                 read = c[b].copy()
                 c[b] = read + 100**rank
 
-    with Referee(center, NO_SNAPSHOTS, strict=False):
+    with Referee(center, NO_SNAPSHOTS, SGD(), "free"):
         Crew(center, work).join()
     assert set(center.vectors["c"]) == {ROUNDS * 10101}
     assert set(center.done) == {ROUNDS}
@@ -685,6 +1063,123 @@ def test_free_a_thread_that_dies_holding_a_block_holds_nobody_up(center_of, hurr
                     return referee.retire(1)
                 c[b] += 100**rank
 
-    with Referee(center, NO_SNAPSHOTS, strict=False) as referee:
+    with Referee(center, NO_SNAPSHOTS, SGD(), "free") as referee:
         Crew(center, work).join()
     assert set(center.vectors["c"]) == {ROUNDS * 10001 + 2 * 100}
+
+
+def test_together_a_thread_that_dies_in_mid_block_leaves_the_closing_to_the_launcher(center_of, hurried):
+    center = center_of(3, N)
+    last = center.layout.block(4)
+
+    def work(mine: Center, rank: int) -> None:
+        c = mine.vectors["c"]
+
+        def close(b: slice) -> None:
+            c[b] += 1000
+
+        one = TogetherTurns(mine, rank, NO_SNAPSHOTS, lambda: None, 0, close)
+        for round in range(ROUNDS):
+            for b in one.read():
+                assert set((c[b] // 1000).astype(int) % 100) <= {round}
+            for b in one.visit():
+                if (rank, round, b) == (2, 2, last):
+                    c[b.start : b.start + 8] += 10  # half of it
+                    return referee.retire(2)  # the thread does nothing any more
+                c[b] += (1, 100_000, 10)[rank]
+
+    with Referee(center, NO_SNAPSHOTS, Closing(), "together") as referee:
+        Crew(center, work).join()
+        referee.retire(0), referee.retire(1)
+        assert eventually(lambda: min(center.turn) >= 3 * ROUNDS, 20)
+    expected = np.full(N, ROUNDS * (1000 + 100_001) + 10 * 2)
+    expected[: last.start + 8] += 10
+    assert np.array_equal(center.vectors["c"], expected)
+    assert list(center.updates) == [2 * ROUNDS + 3] * 4 + [2 * ROUNDS + 2] * 17
+
+
+# Processes
+
+STARTED = """
+import sys
+import numpy as np
+from easgd_local.center import Center, Layout
+from easgd_local.schedules import Calendar
+from easgd_local.turns import NoTurns, TogetherTurns
+
+rank, workers, n, block_bytes, rounds, fd = map(int, sys.argv[1:])
+center = Center.attach(Layout(workers, n, block_bytes=block_bytes), fd)
+c = center.vectors["c"]
+center.held[rank] = 1
+while not center.leave[0]:  # all set off together
+    assert not center.abort[0]
+"""
+
+RENDEZVOUS = STARTED + """
+def close(b):
+    c[b] *= np.float32(0.7)
+
+one = TogetherTurns(center, rank, Calendar(tau=1, steps=rounds + 1, evaluate_every=1), lambda: None, 0, close)
+x, d = np.random.default_rng(rank).normal(size=n).astype(np.float32), np.zeros(n, np.float32)
+for round in range(rounds):
+    for b in one.read():
+        d[b] = np.float32(0.3) * (x[b] - c[b])
+    for b in one.visit():
+        assert one.update == workers * round + rank + 1
+        c[b] += d[b]
+    x -= d
+assert one.stale == workers - 1 or rounds == 1
+"""
+
+HOGWILD = STARTED + """
+one = NoTurns(center, rank, lambda: None)
+for _ in range(rounds):
+    for b in one.visit():
+        c[b] += 100**rank
+"""
+
+
+@contextmanager
+def processes(center: Center, program: str, rounds: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """One for each worker, all set off at the same time; none is left."""
+    layout, crew = center.layout, list[subprocess.Popen[bytes]]()
+    try:
+        for rank in range(layout.workers):
+            values = map(str, (rank, layout.workers, layout.n, layout.block_bytes, rounds, center.fd))
+            crew.append(subprocess.Popen([sys.executable, "-c", program, *values], pass_fds=[center.fd]))
+        assert eventually(lambda: all(center.held), 20)
+        center.leave[0] = 1
+        yield crew
+        assert [process.wait(20) for process in crew] == [0] * layout.workers
+    finally:
+        for process in crew:
+            process.kill()
+            process.wait()
+
+
+def test_together_three_processes_add_in_the_order_of_ranks_to_the_last_bit(center_of):
+    center, rounds = center_of(3, N), 4
+    c = np.zeros(N, np.float32)
+    crew = [np.random.default_rng(rank).normal(size=N).astype(np.float32) for rank in range(3)]
+    with processes(center, RENDEZVOUS, rounds):
+        for round in range(rounds):
+            differences = [np.float32(0.3) * (x - c) for x in crew]
+            for x, d in zip(crew, differences, strict=True):
+                c += d
+                x -= d
+            c *= np.float32(0.7)
+            assert eventually(lambda: min(center.turn) >= 3 * (round + 1), 20)  # noqa: B023
+            assert np.array_equal(center.snapshot["c"].view(np.uint32), c.view(np.uint32))
+            center.taken[0] = round + 1
+    assert list(center.updates) == [3 * rounds] * center.layout.blocks
+    assert np.array_equal(center.vectors["c"].view(np.uint32), c.view(np.uint32))
+
+
+def test_none_two_processes_leave_in_every_coordinate_what_some_interleaving_does():
+    allowed = {ending.c for ending in explore(Hogwild((1, 100), times=5)).endings}
+    assert {505, 500, 5, 101} < allowed and not {0, 600, 506} & allowed  # all, some or all but one are lost
+    with Center.create(Layout(2, 1_000_003, block_bytes=1 << 18)) as center:
+        with processes(center, HOGWILD, 5):
+            pass
+        found = set(center.vectors["c"].astype(int))
+        assert found <= allowed
