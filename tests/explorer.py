@@ -427,7 +427,8 @@ class Together(Strict):
 
     owner: Callable[..., int] = turns.by_rank
     visit: Sequence[str] = (
-        "enter", "write 0", "write 1", "visited", "withdraw", "close 0", "close 1", "await taken", "copy 0", "copy 1", "leave",
+        "enter", "write 0", "write 1", "visited", "withdraw", "close 0", "close 1", "await taken", "copy 0", "copy 1",
+        "leave",
     )  # fmt: skip
     meets: bool = True
     reads: str = "after the round before"  # or "at once"

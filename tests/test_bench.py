@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
-NAMES = ("exchange", "startup", "throughput")
+NAMES = ("delay", "exchange", "partial", "startup", "throughput", "tune")
 
 
 def run(*words: object) -> str:
