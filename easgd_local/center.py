@@ -82,8 +82,8 @@ class Center:
 
     - turn[b]: "turn[b] exchanges of block b are complete"; written by the worker whose turn it is, or by the launcher
       in place of a worker that is gone.
-    - visited[b]: "some worker has visited block b in round visited[b] - 1, which is to be closed"; written by the worker
-      that holds the block.
+    - visited[b]: "some worker has visited block b in round visited[b] - 1, which is to be closed"; written by the
+      worker that holds the block.
     - updates[b]: how many of them were made and not passed; written by the worker that holds the block.
     - read[i]: "worker i has read the center in read[i] rounds"; worker i, or the launcher when it is gone.
     - abort, pause, stop, leave, save, taken, grant: the launcher. An odd pause asks every worker to hold.

@@ -12,7 +12,10 @@ from easgd_local.curves import figure
 from easgd_local.metrics import Event
 from easgd_local.wording import UNKNOWN, count_text, facts_of, flattened, summary_rows, title, worker_rows
 
-WORKER_HEAD = ("worker", "state", "steps", "exchanges", "samples/s", "exchange (s)", "waiting (s)", "waited for")
+WORKER_HEAD = (
+    "worker", "state", "steps", "exchanges", "samples/s", "exchange (s)", "waiting (s)", "waited for",
+    "stale by (updates)",
+)  # fmt: skip
 
 
 def write(folder: str | Path) -> None:
@@ -42,6 +45,7 @@ def markdown(config: dict[str, Any], summary: dict[str, Any], events: Sequence[E
         "means over their own minibatches, at their own copies of the model.",
         "## Workers",
         _table(WORKER_HEAD, worker_rows(summary)),
+        "Stale by: how many updates of a block others made, at most, between two visits of the worker.",
         "## Vectors",
         _table(("place", "name", "size (bytes)"), vectors),
         "## Failures",

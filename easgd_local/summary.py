@@ -44,11 +44,12 @@ class Tally:
     wait_s: float = 0.0
     exchange_s: float = 0.0
     waited_for_s: list[float] = field(default_factory=list)
+    staleness: int | None = None  # updates by others between two visits of a block, at most
 
     def count(self, values: dict[str, Any]) -> None:
         """Takes over what a worker's report says."""
         self.steps = values["t"]
-        for name in ("samples", "exchanges", "wait_s", "exchange_s", "waited_for_s"):
+        for name in ("samples", "exchanges", "wait_s", "exchange_s", "waited_for_s", "staleness"):
             setattr(self, name, values[name])
 
 

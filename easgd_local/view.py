@@ -308,7 +308,7 @@ def summary_table(summary: dict[str, Any], folder: str | Path | None = None) -> 
         "waited\nmost for",
     ):
         workers.add_column(head, justify="left" if head in ("state", "waited\nmost for") else "right")
-    for *cells, waited in worker_rows(summary):
+    for *cells, waited, _ in worker_rows(summary):  # how stale a worker was is for the report
         workers.add_row(*map(Text, (*cells, waited.split(", ")[0])))
     parts: list[RenderableType] = [numbers, *([workers] if workers.row_count else [])]
     for failure in summary.get("failures") or []:

@@ -90,6 +90,7 @@ def worker_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
             *(count_text(r.get(name)) for name in ("steps", "exchanges", "samples_per_s")),
             *(_fixed(r.get(name)) for name in ("exchange_s", "wait_s")),
             waited_text(r.get("waited_for_s")),
+            count_text(r.get("staleness")),
         )
         for r in summary.get("worker_reports") or []
     ]

@@ -287,6 +287,7 @@ class Worker:
             for b in self.read():
                 self.ops.copy(self.x[b], self.c[b])  # x <- c, as it is after the round
         self._rule.begin(self)
+        self._turns.stale = 0  # nobody was stale before it came
         self.t += 1
 
     def _reload(self) -> None:
@@ -304,7 +305,7 @@ class Worker:
         self._post("saved", label, self.t, name, digest)
 
     def _report(self) -> None:
-        now, steps = time.perf_counter(), self._made - self._reported
+        now, steps, plan = time.perf_counter(), self._made - self._reported, self._plan
         if not steps:
             return
         samples = self._gradient.samples_per_step
@@ -312,7 +313,7 @@ class Worker:
             "event", "worker", t=self.t, loss=self._losses / steps, samples=self._made * samples,
             samples_per_s=steps * samples / (now - self._reported_at), wait_s=self._turns.wait_s,
             exchange_s=self._turns_s, exchanges=self._exchanges, waited_for_s=self._turns.waited_for_s,
-            staleness=self._turns.stale,
+            staleness=None if plan.turns == "none" else self._turns.stale,
         )  # fmt: skip
         self._losses, self._reported, self._reported_at = 0.0, self._made, now
 

@@ -227,11 +227,7 @@ class Strict:
             for b in self.walk(rank, self.workers, self.blocks):
                 place = self.position(b, rank, self.workers, self.blocks)
                 copies = self.snapshot_after(k) and place == self.workers - 1
-                ops += [
-                    Op(kind, b, k * self.workers + place)
-                    for kind in self.visit
-                    if copies or kind not in LAST
-                ]
+                ops += [Op(kind, b, k * self.workers + place) for kind in self.visit if copies or kind not in LAST]
         return ops
 
     def _first_op(self, rank: int, round: int) -> int:

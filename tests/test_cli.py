@@ -495,9 +495,7 @@ def test_a_configuration_that_was_changed_by_hand_is_refused(old: Path, refused:
     assert sentence.startswith("old/config.json: says seed=8, but the checkpoint was written with seed=0; put")
 
 
-def test_a_checkpoint_of_another_model_is_refused(
-    old: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_another_model_is_refused(old: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     build = models.build
     monkeypatch.setattr(models, "build", lambda name, shape, classes: build(name, shape=shape, classes=classes + 1))
     sentence = refused(*RESUME, "--steps", "40")

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from easgd_local.rules import RULES
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "easgd_local"
 
@@ -262,3 +264,17 @@ def test_the_readme_lists_exactly_the_flags_of_train():
     known = flags(subcommand("train"))
     assert listed - known == set(), "in the README, not in `easgd-local train`"
     assert known - listed == set(), "in `easgd-local train`, not in the README"
+
+
+def test_the_readmes_table_of_rules_counts_what_the_rules_declare():
+    rows = re.findall(r"^\| (`.+?`) \|.*?\| (\d[^|]*) \| (\d[^|]*) \| [^|]+ \|$", readme(), re.M)
+    seen = []
+    for cell, worker, center in rows:
+        names = re.findall(r"`([^`]+)`", cell)
+        counts = [int(part.split(":")[0]) for part in worker.split(";")]
+        for name, count in zip(names, counts * (len(names) if len(counts) == 1 else 1), strict=True):
+            rule = RULES[name]()
+            assert count == 2 + len(rule.local) + len(rule.scratch), f"{name}: x, g and its own vectors"
+            assert center.startswith(f"{1 + len(rule.shared)}{' + p' if rule.allotted else ''}:"), name
+            seen.append(name)
+    assert sorted(seen) == sorted(RULES)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Iterator
 from dataclasses import fields
+from itertools import permutations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from easgd_local.backend.cpu import CpuOps
 from easgd_local.learning_rate import LearningRate
 from easgd_local.rules import RULES, rule_class
 from easgd_local.rules.admm import ADMM
@@ -566,3 +571,87 @@ def test_apam_with_one_worker_is_amsgrad_but_for_where_epsilon_stands() -> None:
     assert np.abs(done.c - x.detach().numpy()).max() < 40 * 8 * EPS
     apart = train(APAM(lr=0.01, epsilon=1.0), 1, 40)
     assert np.abs(apart.c - done.c).max() > 0.01  # ε is used
+
+
+# Without turns
+
+
+@pytest.mark.parametrize(
+    "rule", [PASSM(lr=0.1, momentum=0.5), PASSMPlus(lr=0.1, momentum=0.5, full_steps=1)], ids=named
+)
+def test_in_every_interleaving_of_visits_passm_computes_what_its_listing_does(rule: Rule) -> None:
+    """Two workers, two blocks, two steps: 70 interleavings of the visits of blocks, in each of which the listing,
+    made to follow it, ends with the same bits. Gradients depend on the whole of x, so they tell old from new."""
+    ends = set()
+    for order in sorted(set(permutations("aaaabbbb"))):
+        done = interleaved(rule, ["ab".index(who) for who in order])
+        assert np.array_equal(done, followed(rule, ["ab".index(who) for who in order]))
+        ends.add(done.tobytes())
+    assert len(ends) > 5  # so the order does matter
+
+
+BLOCKS = (slice(0, 16), slice(16, 32))
+
+
+def coupled(i: int, t: int, x: np.ndarray) -> np.ndarray:
+    """A gradient in which every coordinate depends on all."""
+    return (x - np.float32(0.1) * x[::-1] + np.float32(0.01) * (i + 1) * (t + 1)).astype(np.float32)
+
+
+def interleaved(rule: Rule, order: list[int]) -> np.ndarray:
+    """c after the rule's own steps, each worker in a thread that goes on only when `order` says so."""
+    center, batons = starting_point(32), [threading.Semaphore(0), threading.Semaphore(0)]
+    paused = threading.Semaphore(0)
+
+    class Desk(SimpleNamespace):
+        lr, workers, update = rule.lr, 2, 0
+
+        def turns(self) -> Iterator[slice]:
+            for b in BLOCKS:
+                batons[self.rank].acquire()
+                yield b
+                paused.release()
+
+        def grad(self, at: Any = None, only: slice | None = None) -> np.ndarray:
+            g = coupled(self.rank, self.t, self.x)
+            if only is not None:
+                g[: only.start] = g[only.stop :] = 0
+            return g
+
+    def work(desk: Any) -> None:
+        for desk.t in range(2):
+            rule.step(desk)
+
+    desks = [
+        Desk(rank=i, t=0, ops=CpuOps(), x=center.copy(), c=center, u=np.zeros_like(center), own=BLOCKS[i])
+        for i in range(2)
+    ]
+    workers = [threading.Thread(target=work, args=(desk,), daemon=True) for desk in desks]
+    for one in workers:
+        one.start()
+    for who in order:
+        batons[who].release()
+        assert paused.acquire(timeout=10)
+    for one in workers:
+        one.join(10)
+    return center
+
+
+def followed(rule: Rule, order: list[int]) -> np.ndarray:
+    """c after the listing of PASSM or PASSM+, its visits in the given order."""
+    c = starting_point(32)
+    x, u, g = [c.copy(), c.copy()], [np.zeros_like(c), np.zeros_like(c)], [c, c]
+    made, eta, mu = [0, 0], np.float32(rule.lr), np.float32(rule.momentum)
+    for i in order:
+        t, b = divmod(made[i], 2)
+        if b == 0:
+            g[i] = coupled(i, t, x[i])
+        full = rule.name == "passm+" and t == 0
+        if full or b == i:
+            place = BLOCKS[b]
+            u[i][place] = mu * u[i][place] + g[i][place]
+            step = u[i][place] if rule.name == "passm" else g[i][place] + mu * u[i][place]
+            c[place] = c[place] - eta * step
+        x[i][BLOCKS[b]] = c[BLOCKS[b]]
+        made[i] += 1
+    return c

@@ -202,6 +202,12 @@ def test_a_cosine_belongs_to_the_length_of_its_run(run: Runner) -> None:
         run(**values, steps=60, resume=again["folder"])
 
 
+def test_passm_writes_without_turns_what_each_process_owns(run: Runner) -> None:
+    """After one step no order of events matters: every coordinate has one writer, and all started from one point."""
+    values = {"rule": PASSM(lr=0.1), "workers": 3, "steps": 1, "batch_size": 8, "threads": 1, "seed": 5}
+    assert run(**values, eval_every=0)["center_sha256"] == listing(Config(**values))
+
+
 def test_hogwild_loses_updates_at_most(tmp_path: Path, run: Runner) -> None:
     """Two workers visit the center once, at step 3, from known points. What each coordinate can become is enumerated:
     a worker reads it for d, reads it again to add d, and writes it, in any interleaving with the other."""

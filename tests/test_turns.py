@@ -176,6 +176,7 @@ def test_passing_the_last_turn_without_copying_leaves_a_hole_in_the_snapshot():
 
 # Every interleaving of the rendezvous
 
+
 @pytest.mark.parametrize("workers, blocks", [(1, 1), (1, 3), (2, 2), (2, 4), (3, 3), (3, 6)])
 def test_together_every_interleaving_adds_in_the_order_of_ranks_and_closes_once(workers, blocks):
     (ending,) = flawless(Together(workers, blocks, rounds=2)).endings
@@ -1115,7 +1116,9 @@ while not center.leave[0]:  # all set off together
     assert not center.abort[0]
 """
 
-RENDEZVOUS = STARTED + """
+RENDEZVOUS = (
+    STARTED
+    + """
 def close(b):
     c[b] *= np.float32(0.7)
 
@@ -1130,13 +1133,17 @@ for round in range(rounds):
     x -= d
 assert one.stale == workers - 1 or rounds == 1
 """
+)
 
-HOGWILD = STARTED + """
+HOGWILD = (
+    STARTED
+    + """
 one = NoTurns(center, rank, lambda: None)
 for _ in range(rounds):
     for b in one.visit():
         c[b] += 100**rank
 """
+)
 
 
 @contextmanager
