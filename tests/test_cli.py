@@ -149,7 +149,7 @@ def test_flags_cannot_be_abbreviated(refused: Refused) -> None:
     ("easgd --beta 0.4 --rho 0.9", "beta=0.4 and rho=0.9: .* give only one"),
     ("easgd --beta 9", r"beta=9.0: α = β/p = 2.25, but .* \[0, 1\]; choose beta at most p = 4."),
     ("easgd --beta 2.5 --workers 2", "beta=2.5: α = β/p = 1.25, .* at most p = 2."),
-    ("eamsgd --rho 30", r"rho=30.0: α = ηρ = 1.5, but .* \[0, 1\]; choose rho at most 1/lr = 20."),
+    ("eamsgd --rho 75", r"rho=75.0: α = ηρ = 1.5, but .* \[0, 1\]; choose rho at most 1/lr = 50."),
     ("easgd --beta -1", "beta=-1.0: must be at least 0"),
     ("easgd --rho inf", "rho=inf: must be at least 0"),
     ("eamsgd --momentum 1", "momentum=1.0: δ must be at least 0 and below 1, .*; try 0.9."),
@@ -364,8 +364,8 @@ def test_a_run_prints_its_result_and_where_it_is(finished: tuple[Path, str]) -> 
 def test_alpha_beyond_the_stability_bound_is_only_warned_about(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     [warning] = json.loads((folder / "summary.json").read_text())["warnings"]
-    assert re.match(r"alpha=1 is beyond the stability bound .* = 0.9873 of easgd at lr=0.05", warning)
-    assert "0.9873" in printed
+    assert re.match(r"alpha=1 is beyond the stability bound .* = 0.9474 of easgd at lr=0.2", warning)
+    assert "0.9474" in printed
 
 
 RESUME = ("train", "easgd", "--resume", "old")
@@ -373,7 +373,7 @@ RESUME = ("train", "easgd", "--resume", "old")
 
 @pytest.mark.parametrize("line, sentence", [
     ("train eamsgd", "rule=eamsgd: the run in old was started with rule=easgd, .*; name easgd, or start a new run."),
-    ("train easgd --lr 0.1", "lr=0.1: the run in old was started with lr=0.05, and .*; leave --lr out, or start"),
+    ("train easgd --lr 0.1", "lr=0.1: the run in old was started with lr=0.2, and .*; leave --lr out, or start"),
     ("train easgd --tau 4", "tau=4: the run in old was started with tau=3"),
     ("train easgd --alpha 0.5", "alpha=0.5: the run in old was started with alpha=1.0"),
     ("train easgd --beta 0.5", "beta=0.5: the run in old was started without beta"),
@@ -401,7 +401,7 @@ def test_a_run_is_not_resumed_as_another_one(line: str, sentence: str, old: Path
 
 
 def test_what_does_not_change_the_run_may_change_when_it_is_resumed(old: Path, accepted: Callable[..., Any]) -> None:
-    line = "--steps 40 --lr 0.05 --eval-every 7 --checkpoint-every 9 --keep 5 --on-failure stop --out ./old"
+    line = "--steps 40 --lr 0.2 --eval-every 7 --checkpoint-every 9 --keep 5 --on-failure stop --out ./old"
     prepared = accepted(*RESUME, *line.split())
     assert prepared["t"] == 20 and prepared["plan"].calendar.steps == 40 and sorted(prepared["starts"]) == [0, 1]
     assert all(start.saved == Path("old/checkpoints/step-00000020") for start in prepared["starts"].values())

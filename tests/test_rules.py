@@ -454,7 +454,7 @@ def test_a_hyperparameter_means_the_same_in_every_rule_that_has_it() -> None:
 
 def test_the_three_spellings_of_the_moving_rate_agree() -> None:
     assert EASGD(beta=0.8).moving_rate(4) == 0.2
-    assert EASGD(alpha=0.2).derived(4) == {"alpha": 0.2, "beta": 0.8, "rho": pytest.approx(0.2 / 0.05)}
+    assert EASGD(alpha=0.2, lr=0.05).derived(4) == {"alpha": 0.2, "beta": 0.8, "rho": pytest.approx(0.2 / 0.05)}
     assert EASGD(rho=2.0, lr=0.1).moving_rate(4) == pytest.approx(0.2)
     assert EASGD().moving_rate(3) == pytest.approx(0.3)
     with pytest.raises(ValueError, match=r"beta=3\.0: α = β/p = 1\.5"):

@@ -32,7 +32,7 @@ class APAM(Rule):
     name: ClassVar[str] = "apam"
     shared: ClassVar[tuple[str, ...]] = ("m", "v", "vhat")
 
-    lr: float = hyperparameter(0.001, "step size η")
+    lr: float = hyperparameter(0.0005, "step size η")
     beta1: float = hyperparameter(0.9, "β₁, decay of AMSGrad's first moment")
     beta2: float = hyperparameter(0.999, "β₂, decay of AMSGrad's second moment")
     epsilon: float = hyperparameter(1e-8, "ε in AMSGrad's denominator")

@@ -85,7 +85,7 @@ class Rule:
     sequential: ClassVar[bool] = False  # whether it is defined for one worker only
     divides: ClassVar[bool] = False  # whether each worker owns some layers of the model
 
-    lr: float = hyperparameter(0.05, "step size η")
+    lr: float = hyperparameter(0.2, "step size η")  # the defaults of all rules were found by bench/tune.py
 
     def __post_init__(self) -> None:
         make_plain(self)

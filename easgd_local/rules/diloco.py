@@ -26,7 +26,7 @@ class DiLoCo(Local):
     name: ClassVar[str] = "diloco"
     shared: ClassVar[tuple[str, ...]] = ("u", "s")
 
-    lr: float = hyperparameter(0.001, "step size η")
+    lr: float = hyperparameter(0.0005, "step size η")
     inner: str = hyperparameter("adamw", f"local optimizer of localsgd, sma and diloco: {', '.join(INNER)}")
     outer_lr: float = hyperparameter(0.7, "diloco: step size η_o of the center")
     outer_momentum: float = hyperparameter(0.9, "diloco: momentum coefficient μ of the center")

@@ -25,6 +25,7 @@ class Downpour(Rule):
     orders: ClassVar[tuple[str, ...]] = ("strict", "free", "none")
     local = ("v",)
 
+    lr: float = hyperparameter(0.1, "step size η")
     tau: int = hyperparameter(1, "communication period τ, in steps of the worker's clock")
 
     def __post_init__(self) -> None:
@@ -87,6 +88,7 @@ class MVADownpour(ADownpour):
 
     name: ClassVar[str] = "mvadownpour"
 
+    lr: float = hyperparameter(0.05, "step size η")
     average_rate: float = hyperparameter(0.001, "rate a of the moving average that mvasgd and mvadownpour report")
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ class MSGD(Rule):
     scratch = ("y",)
     sequential: ClassVar[bool] = True
 
+    lr: float = hyperparameter(0.05, "step size η")
     momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ class PASSM(Rule):
     divides: ClassVar[bool] = True
     local = ("u",)
 
+    lr: float = hyperparameter(0.01, "step size η")
     momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")
 
     def __post_init__(self) -> None:
