@@ -66,6 +66,16 @@ class Layout:
     def vectors_offset_bytes(self) -> int:
         return PAGE + _pages(LINE_BYTES * sum(self.word_counts.values()))
 
+    def word_offset_bytes(self, row: str) -> int:
+        """Where the first control word of a row lies."""
+        rows = list(self.word_counts)
+        return PAGE + LINE_BYTES * sum(self.word_counts[before] for before in rows[: rows.index(row)])
+
+    def vector_offset_bytes(self, name: str) -> int:
+        """Where a shared vector lies, or its copy in the snapshot area: "snapshot of " and its name."""
+        places = [*self.shared, *(f"snapshot of {one}" for one in self.shared)]
+        return self.vectors_offset_bytes + places.index(name) * self.vector_bytes
+
     @property
     def vector_bytes(self) -> int:
         return _pages(4 * self.n)
@@ -111,18 +121,15 @@ class Center:
 
     def __init__(self, layout: Layout, fd: int) -> None:
         self.layout, self.fd = layout, fd
-        self._memory = mmap.mmap(fd, layout.size_bytes, mmap.MAP_SHARED)
-        offset = PAGE
+        self.memory = mmap.mmap(fd, layout.size_bytes, mmap.MAP_SHARED)
         for name, count in layout.word_counts.items():
-            setattr(self, name, words(self._memory, offset, count))
-            offset += LINE_BYTES * count
+            setattr(self, name, words(self.memory, layout.word_offset_bytes(name), count))
         self.vectors: dict[str, NDArray[np.float32]] = {}
         self.snapshot: dict[str, NDArray[np.float32]] = {}
-        offset = layout.vectors_offset_bytes
-        for place in (self.vectors, self.snapshot):
-            for name in layout.shared:
-                place[name] = np.frombuffer(self._memory, np.float32, layout.n, offset)
-                offset += layout.vector_bytes
+        for name in layout.shared:
+            for vectors, place in ((self.vectors, name), (self.snapshot, f"snapshot of {name}")):
+                offset = layout.vector_offset_bytes(place)
+                vectors[name] = np.frombuffer(self.memory, np.float32, layout.n, offset)
 
     @classmethod
     def create(cls, layout: Layout) -> Center:
@@ -144,7 +151,7 @@ class Center:
         except OSError as error:
             os.close(fd)
             raise MemoryError(refusal) from error
-        header = memoryview(center._memory).cast("Q")
+        header = memoryview(center.memory).cast("Q")
         for index, value in enumerate((MAGIC, VERSION, layout.workers, layout.blocks, layout.n)):
             header[index] = value
         return center
@@ -153,7 +160,7 @@ class Center:
     def attach(cls, layout: Layout, fd: int) -> Center:
         """The center that another process created; `ValueError` if it is another one than `layout` describes."""
         center = cls(layout, fd)
-        header = list(memoryview(center._memory).cast("Q")[:5])
+        header = list(memoryview(center.memory).cast("Q")[:5])
         wanted = [MAGIC, VERSION, layout.workers, layout.blocks, layout.n]
         if header != wanted:
             raise ValueError(f"center header {header}: expected {wanted} (magic, version, p, G, n).")
@@ -196,7 +203,7 @@ class Center:
             os.close(self.fd)
         self.fd = -1
         self.vectors, self.snapshot = {}, {}
-        for name in ("_memory", *self.layout.word_counts):
+        for name in ("memory", *self.layout.word_counts):
             vars(self).pop(name, None)
 
     def __enter__(self) -> Center:

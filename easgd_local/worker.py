@@ -14,15 +14,16 @@ import numpy as np
 import torch
 
 from easgd_local import checkpoint, data, faults, models
-from easgd_local.backend.cpu import CpuOps, Vector, vector
+from easgd_local.backend.cpu import CpuOps, Vector
 from easgd_local.center import Center, Layout
+from easgd_local.devices import OnCpu, Place
 from easgd_local.gradient import Gradient
 from easgd_local.learning_rate import LearningRate
 from easgd_local.optimizers import STEPS, Optimizer
 from easgd_local.partition import overlap, partition
 from easgd_local.rules.base import Rule
 from easgd_local.schedules import Calendar
-from easgd_local.turns import Aborted, FreeTurns, NoTurns, StrictTurns, TogetherTurns, Turns
+from easgd_local.turns import Aborted, TogetherTurns
 
 REPORT_S = 2.0  # a slow worker reports at least this often
 
@@ -90,42 +91,42 @@ class Worker:
     """
 
     def __init__(
-        self, rank: int, center: Center, plan: Plan, gradient: GradientOf, post: Callable[..., None], t: int
+        self,
+        rank: int,
+        center: Center,
+        plan: Plan,
+        gradient: GradientOf,
+        post: Callable[..., None],
+        t: int,
+        place: Place | None = None,
     ) -> None:
         self.rank, self.workers, self.t = rank, plan.layout.workers, t
+        self._place = OnCpu(center, rank, plan.calendar) if place is None else place
         self._first_t = t  # where it takes up: a checkpoint of this step exists
-        self.ops, self._gradient, self._post = CpuOps(), gradient, post
+        self.ops, self._gradient, self._post = self._place.ops, gradient, post
         self._center, self._plan, self._rule = center, plan, plan.rule
-        self._exchanged_buffers = vector(gradient.buffers.stop - gradient.buffers.start)
+        self._exchanged_buffers = self._place.vector(gradient.buffers.stop - gradient.buffers.start)
         self._allocate()
-        self._turns = self._order(t)
+        first_round = plan.calendar.rounds_before(t)
+        self._turns = self._place.turns(
+            plan.turns, self._hold_in_wait, first_round, lambda b: self._rule.close(self, b)
+        )
         self._reloaded, self._saved_label = False, center.save[0]
         self._made = self._reported = self._exchanges = 0  # steps made, steps reported, exchanges made
         self._turns_s, self._losses = 0.0, 0.0
         self._reported_at = time.perf_counter()
 
     def _allocate(self) -> None:
-        rule, n = self._rule, self._gradient.n
+        rule, n, vector, shared = self._rule, self._gradient.n, self._place.vector, self._place.shared
         self._kept = {name: vector(n) for name in ("x", *rule.local)}
-        self._vectors = self._kept | {name: vector(n) for name in rule.scratch} | self._center.vectors
-        self._vectors |= {name: self._center.vectors[f"{name}{self.rank}"] for name in rule.allotted}
+        self._vectors = self._kept | {name: vector(n) for name in rule.scratch} | dict(shared)
+        self._vectors |= {name: shared[f"{name}{self.rank}"] for name in rule.allotted}
         if rule.optimizer:
             trained = slice(0, self._gradient.layers[-1].stop)
             self._kept[STEPS] = vector(1)
             state = {name: self._kept[name][trained] for name in rule.local} | {STEPS: self._kept[STEPS]}
             decay = self._plan.weight_decay if rule.decoupled else 0.0
             self._optimizer, self._trained = Optimizer(rule.optimizer, self.x[trained], state, decay), trained
-
-    def _order(self, t: int) -> Turns:
-        center, rank, plan = self._center, self.rank, self._plan
-        match plan.turns:
-            case "free":
-                return FreeTurns(center, rank, lambda: None)
-            case "none":
-                return NoTurns(center, rank, lambda: None)
-        rounds = {"strict": StrictTurns, "together": TogetherTurns}[plan.turns]
-        first = plan.calendar.rounds_before(t)
-        return rounds(center, rank, plan.calendar, self._hold_in_wait, first, lambda b: self._rule.close(self, b))
 
     def __getattr__(self, name: str) -> Vector:
         try:
@@ -205,7 +206,7 @@ class Worker:
             self._boundary()
             began = time.perf_counter() - self._turns.wait_s
             if faults.due(plan.faults, "nan", self.rank, self.t):
-                self.x[: self._gradient.n // 2] = np.nan
+                self.ops.fill(self.x[: self._gradient.n // 2], float("nan"))
             self._rule.step(self)
             self._losses += self._gradient.loss
             self._made += 1
@@ -269,12 +270,12 @@ class Worker:
     def take_up(self, saved: Path | None) -> None:
         """The state to start from: a checkpoint's, or the center while nobody moves it yet."""
         if saved is None:
-            self.ops.copy(self.x, self.c)  # x <- c
+            self._place.load(self.x, self._center.vectors["c"])  # x <- c
             self._rule.begin(self)
             return
         vectors = checkpoint.load_vectors(saved, checkpoint.worker_file(self.rank))
         for name, value in self._kept.items():
-            self.ops.copy(value, vectors[name])
+            self._place.load(value, vectors[name])
 
     def join(self, t: int) -> None:
         """Takes the place of a worker that died: spends the exchange of step t on reading the center."""
@@ -301,7 +302,8 @@ class Worker:
 
     def _save(self, label: int) -> None:
         folder, name = checkpoint.partial_folder(self._plan.folder, label), checkpoint.worker_file(self.rank)
-        digest = checkpoint.save_vectors(folder, name, self._kept)
+        kept = {one: self._place.host(value) for one, value in self._kept.items()}
+        digest = checkpoint.save_vectors(folder, name, kept)
         self._post("saved", label, self.t, name, digest)
 
     def _report(self) -> None:

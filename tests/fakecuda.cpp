@@ -570,6 +570,23 @@ int cuMemcpyDtoHAsync_v2(void* host, const Address device, const std::size_t siz
     return copy(host, reinterpret_cast<const void*>(device), size_bytes, stream);
 }
 
+int cuMemcpyDtoDAsync_v2(const Address to, const Address from, const std::size_t size_bytes, void* stream)
+{
+    BEGIN(CONTEXT);
+    REQUIRE(allocated(to, size_bytes) && allocated(from, size_bytes), INVALID_VALUE);
+    return copy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), size_bytes, stream);
+}
+
+int cuMemsetD32Async(const Address to, const unsigned bits, const std::size_t count, void* stream)
+{
+    BEGIN(CONTEXT);
+    const auto s = stream_of(stream);
+    REQUIRE(s, INVALID_HANDLE);
+    REQUIRE(allocated(to, 4 * count) && to % 4 == 0, INVALID_VALUE);
+    s->put([=](Delays&) { std::fill_n(reinterpret_cast<unsigned*>(to), count, bits); });
+    return OK;
+}
+
 // Streams
 
 int cuStreamCreateWithPriority(void** stream, const unsigned flags, int)

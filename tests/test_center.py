@@ -88,9 +88,9 @@ def offsets_bytes(center: Center, name: str) -> list[int]:
     """Where the words of a row lie in the memory: found by writing to each."""
     row, found = getattr(center, name), []
     for index in range(len(row)):
-        before = center._memory[:]
+        before = center.memory[:]
         row[index] = row[index] ^ (2**64 - 1)
-        after = center._memory[:]
+        after = center.memory[:]
         (first, *rest) = np.flatnonzero(np.frombuffer(before, np.uint8) != np.frombuffer(after, np.uint8))
         assert len(rest) == 7
         row[index] = row[index] ^ (2**64 - 1)

@@ -51,6 +51,8 @@ SYMBOLS: dict[str, tuple[Any, ...]] = {
     "cuStreamWriteValue64_v2": (c_void_p, c_uint64, c_uint64, c_uint),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
+    "cuMemcpyDtoDAsync_v2": (c_uint64, c_uint64, c_size_t, c_void_p),
+    "cuMemsetD32Async": (c_uint64, c_uint, c_size_t, c_void_p),
     "cuEventCreate": (POINTER(c_void_p), c_uint),
     "cuEventDestroy_v2": (c_void_p,),
     "cuEventRecord": (c_void_p, c_void_p),
@@ -344,6 +346,14 @@ class Stream(Resource):
     def copy_to_host(self, to: int, source: int, size_bytes: int) -> None:
         """To registered host memory, by its host address."""
         self.driver.call("cuMemcpyDtoHAsync_v2", to, source, size_bytes, self.handle)
+
+    def copy_on_device(self, to: int, source: int, size_bytes: int) -> None:
+        """Between two places on the device."""
+        self.driver.call("cuMemcpyDtoDAsync_v2", to, source, size_bytes, self.handle)
+
+    def fill(self, to: int, bits: int, count: int) -> None:
+        """Stores the 32 bits `count` times."""
+        self.driver.call("cuMemsetD32Async", to, bits, count, self.handle)
 
 
 class Function:

@@ -1,0 +1,275 @@
+"""The operations of the rules on the device: kernels of `kernels/*.cu`, enqueued on a stream, waited for by nobody.
+
+`backend/cpu.py` is their definition; these agree with it to the bit. Vectors are addresses on the device. Operations go
+to the training stream, or, during an exchange, to the stream of the exchange; what the two must not do at the same time
+is put in order by events, and only where an operation really touches what the exchange still has in hand.
+
+None of this has run on a real GPU yet: tests run it against a pretended driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from ctypes import c_float, c_uint64
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from easgd_local import kernels
+from easgd_local.backend.driver import (
+    Context,
+    Device,
+    DeviceMemory,
+    Driver,
+    Event,
+    Function,
+    HostMemory,
+    Module,
+    Stream,
+)
+
+FILES = ("elastic", "center", "amsgrad", "admm")
+THREADS, MOST_BLOCKS = 256, 1024  # of a launch; the loops are grid-stride
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class DeviceVector:
+    """n float32 at an address of the device; slices look into the same memory. `whole` is the address of all of it."""
+
+    address: int
+    n: int
+    whole: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, b: slice) -> DeviceVector:
+        start, stop, step = b.indices(self.n)
+        assert step == 1, b
+        return DeviceVector(self.address + 4 * start, max(0, stop - start), self.whole)
+
+
+def compiled(name: str, capability: tuple[int, int]) -> bytes:
+    """The machine code of one file of kernels for GPUs of that compute capability, by NVRTC; needs no GPU."""
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(kernels.source(name), f"{name}.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, [f"-arch=sm_{capability[0]}{capability[1]}", "-std=c++17"])
+        return bytes(nvrtc.getCUBIN(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+class Gpu:
+    """One worker's hold on its device: streams, memory, kernels. A context manager that gives all of it back.
+
+    `training` is the raw handle of the stream on which the model computes, 0 for one of its own.
+    """
+
+    def __init__(self, images: Mapping[str, bytes], device: int = 0, training: int = 0) -> None:
+        self._stack = ExitStack()
+        self.driver = Driver.open()
+        self.device = Device(self.driver, device)
+        with ExitStack() as undo:
+            self._stack = undo
+            self.own(Context.retain(self.device)).make_current()
+            self.training = Stream.borrow(self.driver, training) if training else self.own(Stream.create(self.driver))
+            self.functions: dict[str, Function] = {}
+            for image in images.values():
+                self._add(self.own(Module.load(self.driver, image)))
+            self._pinned = mmap.mmap(-1, PAGE)
+            self._host = self.register(self._pinned, PAGE)
+            self.counter = self.allocate(2)  # as 64 bits: how many non-finite elements guarded kernels have refused
+            self.training.fill(self.counter.address, 0, 2)
+            self._stack = undo.pop_all()
+
+    def own(self, resource: Any) -> Any:
+        """Closed with this object, the latest first."""
+        return self._stack.enter_context(resource)
+
+    def allocate(self, n: int) -> DeviceVector:
+        """n floats of the device, not cleared."""
+        address = self.own(DeviceMemory.allocate(self.driver, max(4 * n, 16))).handle
+        return DeviceVector(address, n, address)
+
+    def register(self, memory: mmap.mmap, size_bytes: int) -> HostMemory:
+        """Pins memory of the host where it lies."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        return self.own(HostMemory.register(self.driver, address, size_bytes))  # type: ignore[no-any-return]
+
+    def refused(self) -> int:
+        """The counter as it was when it was last fetched: perhaps an exchange behind."""
+        return int(struct.unpack_from("=Q", self._pinned)[0])
+
+    def fetch_counter(self, stream: Stream) -> None:
+        """Enqueues the fetching of the counter."""
+        stream.copy_to_host(self._host.handle, self.counter.address, 8)
+
+    def _add(self, module: Module) -> None:
+        for name in OPERATIONS:
+            with contextlib.suppress(RuntimeError):  # it is in another file
+                self.functions.setdefault(name, module.function(name))
+
+    def __enter__(self) -> Gpu:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.close()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How a kernel uses its vectors, in order: r reads, w writes, s writes seldom (where another one is not finite, so
+    that a reader at the same time is no worse off); `optional`: one more that is read, after the scalars, or absent."""
+
+    roles: str
+    scalars: int = 0
+    optional: bool = False
+    guarded: bool = False
+
+
+OPERATIONS = {
+    "pull": Operation("sww", 1, guarded=True),
+    "pull_center_first": Operation("sww", 1, guarded=True),
+    "pull_worker_first": Operation("wwwr", 2, guarded=True),
+    "difference": Operation("wsr", 1, guarded=True),
+    "push": Operation("www", guarded=True),
+    "nesterov_at_center": Operation("wwwr", 2, guarded=True),
+    "amsgrad": Operation("wwwwwr", 4, guarded=True),
+    "admm": Operation("wwwwr", 3, guarded=True),
+    "heavy_ball": Operation("wwr", 2, guarded=True),
+    "nesterov_ball": Operation("wwr", 2, guarded=True),
+    "average": Operation("wr", 1),
+    "add": Operation("wr"),
+    "subtract": Operation("wr"),
+    "accumulate": Operation("wwr", 1),
+    "lookahead": Operation("wrr", 1),
+    "add_decay": Operation("wr", 1),
+    "descend": Operation("wr", 1, optional=True),
+    "nesterov": Operation("wwr", 2, optional=True),
+}
+
+
+class CudaOps:
+    """The operations of `backend.cpu.CpuOps` by the same names and arguments, enqueued."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu, self.stream = gpu, gpu.training
+        self._in_hand: dict[int, str] = {}  # vectors that the exchange under way uses: their address -> "r" or "w"
+        self._exchange_done: Event | None = None
+        self._known = 0
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name not in OPERATIONS:
+            raise AttributeError(f"{name}: there is no such operation")
+        return lambda *arguments: self._launch(name, OPERATIONS[name], arguments)
+
+    def copy(self, y: DeviceVector, x: DeviceVector) -> None:
+        """y <- x."""
+        self.order([x], [y])
+        if len(y):
+            self.stream.copy_on_device(y.address, x.address, 4 * len(y))
+
+    def fill(self, y: DeviceVector, value: float) -> None:
+        """y <- value, everywhere."""
+        self.order([], [y])
+        if len(y):
+            self.stream.fill(y.address, struct.unpack("=I", struct.pack("=f", value))[0], len(y))
+
+    @property
+    def nonfinite(self) -> int:
+        """Non-finite elements kept from the center since this was last set to 0, as far as the host knows."""
+        return self._gpu.refused() - self._known
+
+    @nonfinite.setter
+    def nonfinite(self, value: int) -> None:
+        assert value == 0
+        self._known = self._gpu.refused()
+
+    @contextlib.contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        """Meanwhile operations belong to an exchange, and go to its stream."""
+        self.stream = stream
+        try:
+            yield
+        finally:
+            self.stream = self._gpu.training
+
+    def exchange_ends(self, done: Event) -> None:
+        """The exchange is enqueued up to `done`: who touches what it has in hand waits for that."""
+        self._exchange_done = done
+
+    def order(self, reads: list[DeviceVector], writes: list[DeviceVector]) -> None:
+        """Puts the training stream behind the exchange where it would read what that writes, or write what it uses."""
+        if self.stream is not self._gpu.training:
+            for role, vectors in (("r", reads), ("w", writes)):
+                for vector in vectors:
+                    if self._in_hand.get(vector.whole) != "w":
+                        self._in_hand[vector.whole] = role
+        elif self._exchange_done is not None and (
+            any(self._in_hand.get(vector.whole) == "w" for vector in reads)
+            or any(vector.whole in self._in_hand for vector in writes)
+        ):
+            self.wait_for_exchange()
+
+    def wait_for_exchange(self) -> None:
+        """Nothing enqueued for training from here on starts before the exchange is over."""
+        if self._exchange_done is not None:
+            self._gpu.training.wait_event(self._exchange_done)
+            self._exchange_done = None
+            self._in_hand.clear()
+
+    def _launch(self, name: str, kind: Operation, arguments: tuple[Any, ...]) -> None:
+        vectors: list[DeviceVector] = list(arguments[: len(kind.roles)])
+        scalars = arguments[len(kind.roles) : len(kind.roles) + kind.scalars]
+        extra = [one for one in arguments[len(kind.roles) + kind.scalars :] if one is not None]
+        roles = list(zip(kind.roles, vectors, strict=True))
+        self.order([v for role, v in roles if role != "w"] + extra, [v for role, v in roles if role == "w"])
+        n = len(vectors[0])
+        if n == 0:
+            return
+        pointers = [c_uint64(vector.address) for vector in vectors]
+        if kind.optional:
+            pointers.append(c_uint64(extra[0].address if extra else 0))
+        values = [*pointers, *(c_float(value) for value in scalars), c_uint64(n)]
+        if kind.guarded:
+            values.append(c_uint64(self._gpu.counter.address))
+        blocks = min(MOST_BLOCKS, -(-n // (4 * THREADS)))
+        self._gpu.functions[name].launch(self.stream, blocks, THREADS, *values)
+
+
+class Transfer:
+    """Between numpy vectors and the device, through a pinned page: for starts, checkpoints and tests, not for speed."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._page = mmap.mmap(-1, PAGE)
+        self._host = gpu.register(self._page, PAGE)
+
+    def load(self, y: DeviceVector, values: NDArray[np.float32]) -> None:
+        """y <- values; returns when they are there."""
+        page = np.frombuffer(self._page, np.float32)
+        for start in range(0, len(y), len(page)):
+            piece = values[start : start + len(page)]
+            page[: len(piece)] = piece
+            self._gpu.training.copy_to_device(y.address + 4 * start, self._host.handle, 4 * len(piece))
+            self._gpu.training.synchronize()
+
+    def host(self, x: DeviceVector) -> NDArray[np.float32]:
+        """A copy of x, when all that is enqueued for training is done."""
+        page, values = np.frombuffer(self._page, np.float32), np.empty(len(x), np.float32)
+        for start in range(0, len(x), len(page)):
+            piece = values[start : start + len(page)]
+            self._gpu.training.copy_to_host(self._host.handle, x.address + 4 * start, 4 * len(piece))
+            self._gpu.training.synchronize()
+            piece[:] = page[: len(piece)]
+        return values

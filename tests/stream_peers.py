@@ -1,0 +1,88 @@
+"""One worker on the pretended GPU, as a process of the fork server, which has imported torch already."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import numpy as np
+
+from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu
+from easgd_local.center import Center
+from easgd_local.devices import OnGpu
+from easgd_local.learning_rate import LearningRate
+from easgd_local.rules import rule_class
+from easgd_local.rules.base import Rule
+from easgd_local.schedules import Calendar
+from easgd_local.worker import Plan, Worker
+from tests.threads import LAYERS, noisy_quadratic, plan_of
+
+IMAGES = {"all": b"the pretended driver has every kernel"}
+
+
+class DeviceGradients:
+    """A made-up gradient: fetches the point, when the device has got there, and brings g back."""
+
+    samples_per_step, loss = 1, 0.0
+
+    def __init__(self, rank: int, place: OnGpu, n: int) -> None:
+        self.n, self.buffers, self.layers = n, slice(n, n), list(LAYERS)
+        self._rank, self._place, self._g = rank, place, place.gpu.allocate(n)
+
+    def __call__(self, ops: CudaOps, t: int, at: DeviceVector, only: slice | None = None) -> DeviceVector:
+        ops.order([at], [self._g])  # as a model's forward pass has to
+        gpu = self._place.gpu
+        gpu.training.synchronize()
+        x = np.ctypeslib.as_array((ctypes.c_float * self.n).from_address(at.address))
+        g = np.ctypeslib.as_array((ctypes.c_float * self.n).from_address(self._g.address))
+        g[:] = noisy_quadratic(self._rank, t, x)
+        if only is not None:
+            g[: only.start] = g[only.stop :] = 0
+        return self._g
+
+    def zero(self, ops: CudaOps) -> DeviceVector:
+        ops.fill(self._g, 0.0)
+        return self._g
+
+    def close(self) -> None: ...
+
+
+def plan_for(rule: dict[str, Any], workers: int, steps: int, n: int, evaluate_every: int) -> Plan:
+    made: Rule = rule_class(rule["name"])(**{name: value for name, value in rule.items() if name != "name"})
+    rate = LearningRate("constant", made.lr, steps)
+    plan = plan_of(made, workers, steps, n=n, block_bytes=64, turns="strict", rate=rate)
+    object.__setattr__(plan, "calendar", Calendar(made.period, steps, evaluate_every=evaluate_every))
+    return plan
+
+
+def main(
+    memory: str, environment: dict[str, str], rank: int, dies_at: int | None = None, forgets: str = "", **values: Any
+) -> None:
+    """Runs worker `rank` to its end, on the center in the file `memory`."""
+    os.environ.update(environment)  # the fork server's is older
+    plan = plan_for(**values)
+    center = Center.attach(plan.layout, os.open(memory, os.O_RDWR))
+    with Gpu(IMAGES) as gpu:
+        place = OnGpu(center, rank, plan.calendar, gpu)
+        if forgets == "the turn":
+            place._turns._in.wait_value = lambda word, value: None  # type: ignore[method-assign]
+        if forgets == "the exchange":
+            place.ops.order = lambda reads, writes: None  # type: ignore[method-assign]
+        gradient = DeviceGradients(rank, place, plan.layout.n)
+        worker = Worker(rank, center, plan, gradient, lambda *args, **kwargs: None, 0, place)
+        worker.take_up(None)
+        center.held[rank] = 1  # ready
+        while not center.save[0]:  # all set off together
+            os.sched_yield()
+        if dies_at is None:
+            worker.run()
+            place.host(worker.x)  # everything enqueued is done
+            return
+        while worker.t < dies_at:
+            worker._rule.step(worker)
+            worker.t += 1
+        turns = worker.turns()
+        next(turns)
+        next(turns)  # some blocks of this exchange are enqueued
+        os.kill(os.getpid(), 9)

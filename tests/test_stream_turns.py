@@ -1,0 +1,228 @@
+"""The exchange in stream order: real workers, processes, and a pretended CUDA driver whose streams are slow threads."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+from easgd_local import launcher
+from easgd_local.backend.cpu import CpuOps
+from easgd_local.backend.cuda import OPERATIONS, CudaOps, Gpu, Transfer, compiled
+from easgd_local.center import Center
+from easgd_local.devices import OnGpu
+from easgd_local.referee import Referee
+from easgd_local.schedules import Calendar
+from easgd_local.stream_turns import StreamTurns
+from tests import listings, threads
+from tests.conftest import eventually
+from tests.stream_peers import IMAGES, main, plan_for
+from tests.threads import N, starting_point
+
+pytest_plugins = ["tests.fake_cuda"]
+pytestmark = pytest.mark.usefixtures("fake_cuda")
+
+RULES = [
+    {"name": "easgd", "lr": 0.1, "tau": 1, "alpha": 0.25}, {"name": "eamsgd", "lr": 0.03, "tau": 3, "alpha": 0.3},
+    {"name": "easgd-gs", "lr": 0.1, "tau": 2, "alpha": 0.3}, {"name": "downpour", "lr": 0.05, "tau": 2},
+    {"name": "easgd-gs", "lr": 0.1, "tau": 2, "alpha": 0.3, "first": "worker"}, {"name": "adownpour", "lr": 0.05},
+    {"name": "mdownpour", "lr": 0.02}, {"name": "apam", "lr": 0.01}, {"name": "passm+", "lr": 0.02, "full_steps": 3},
+]  # fmt: skip
+
+
+class Run:
+    """A center, and processes that work on it."""
+
+    def __init__(
+        self, stack: ExitStack, rule: dict[str, Any], workers: int, steps: int, evaluate_every: int = 0
+    ) -> None:
+        self.values = {"rule": rule, "workers": workers, "steps": steps, "n": N, "evaluate_every": evaluate_every}
+        self.plan = plan_for(**self.values)
+        self.center = stack.enter_context(Center.create(self.plan.layout))
+        for name in ("c", *self.plan.rule.copies):
+            self.center.vectors[name][:] = starting_point()
+        self._stack, self.processes = stack, list[Any]()
+
+    def start(self, **given: dict[str, Any]) -> None:
+        """`given["1"]` goes to worker 1."""
+        for rank in range(self.plan.layout.workers):
+            environment = {name: value for name, value in os.environ.items() if "CUDA" in name}
+            arguments = self.values | {"rank": rank} | given.get(f"worker_{rank}", {})
+            memory = f"/proc/{os.getpid()}/fd/{self.center.fd}"
+            process = launcher._context().Process(target=main, args=(memory, environment), kwargs=arguments)
+            with launcher._without_main():
+                process.start()
+            self._stack.callback(lambda p=process: (p.kill(), p.join()))
+            self.processes.append(process)
+        self.center.leave[0] = 1
+        assert eventually(lambda: all(self.center.held[rank] for rank in range(len(self.processes))), 20)
+        self.center.save[0] = 1
+
+    def codes(self, seconds: float = 20) -> list[int | None]:
+        return [self.code(rank, seconds) for rank in range(len(self.processes))]
+
+    def code(self, rank: int, seconds: float = 20) -> int | None:
+        """The exit code of a worker; None if it has not ended in time."""
+        self.processes[rank].join(seconds)
+        return self.processes[rank].exitcode
+
+    def listing(self) -> listings.State:
+        workers, blocks = self.plan.layout.workers, [self.plan.layout.block(b) for b in range(self.plan.layout.blocks)]
+        rule, steps = self.plan.rule, self.plan.calendar.steps
+        own = threads.owned(workers)
+        return listings.compute(rule, starting_point(), workers, steps, threads.noisy_quadratic, blocks, own)
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., Run]]:
+    with ExitStack() as stack:
+        yield lambda *args, **kwargs: Run(stack, *args, **kwargs)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUDA_JITTER_US", "300")
+    monkeypatch.setenv("FAKE_CUDA_SEED", "5")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: " ".join(map(str, rule.values())))
+def test_processes_that_exchange_in_stream_order_compute_the_listing_to_the_bit(rule, run, slow):
+    two = run(rule, workers=2, steps=9)
+    two.start()
+    assert two.codes() == [0, 0]
+    for name, value in two.listing().items():
+        if name in two.center.vectors:
+            assert np.array_equal(two.center.vectors[name].view(np.uint32), value.view(np.uint32)), name
+
+
+@pytest.mark.parametrize("workers", [3, 4])
+def test_with_more_processes_and_a_snapshot_of_every_round_too(workers, run, slow):
+    many = run({"name": "eamsgd", "lr": 0.03, "tau": 1, "alpha": 0.2}, workers, steps=6, evaluate_every=1)
+    many.start()
+    reader, seen = many.center, []
+    for round in range(5):
+        complete = (round + 1) * workers
+        assert eventually(lambda c=complete: all(reader.turn[b] >= c for b in range(reader.layout.blocks)), 20)
+        seen.append(reader.snapshot["c"].copy())
+        reader.taken[0] = round + 1
+    assert many.codes() == [0] * workers
+    assert np.array_equal(reader.vectors["c"], many.listing()["c"])
+    for round, snapshot in enumerate(seen):
+        values = many.values | {"steps": round + 1}
+        short = listings.compute(
+            many.plan.rule, starting_point(), workers, values["steps"], threads.noisy_quadratic,
+            [reader.layout.block(b) for b in range(reader.layout.blocks)],
+        )  # fmt: skip
+        assert np.array_equal(snapshot, short["c"]), round
+
+
+def test_a_worker_killed_in_mid_exchange_holds_nobody_up_and_scribbles_nothing_afterwards(run, slow):
+    three = run({"name": "easgd", "lr": 0.1, "tau": 1, "alpha": 0.25}, workers=3, steps=12)
+    with Referee(three.center, three.plan.calendar, three.plan.rule, "strict") as referee:
+        three.start(worker_1={"dies_at": 4})
+        assert three.code(1) == -9
+        referee.retire(1)
+        assert [three.code(0), three.code(2)] == [0, 0]
+        assert all(three.center.turn[b] >= 34 for b in range(three.center.layout.blocks))
+    c = three.center.vectors["c"].copy()
+    assert np.isfinite(c).all() and not np.array_equal(c, starting_point())
+    time.sleep(0.05)
+    assert np.array_equal(three.center.vectors["c"], c)
+
+
+@pytest.mark.parametrize("forgotten", ["the turn", "the exchange"])
+def test_a_missing_wait_is_found(forgotten, run, slow):
+    """Known-bad exchanges: without waiting for the turn, or for the exchange where training needs what it brings."""
+    two = run({"name": "downpour", "lr": 0.1, "tau": 1}, workers=2, steps=20)
+    two.start(worker_0={"forgets": forgotten}, worker_1={"forgets": forgotten})
+    two.codes()
+    assert not np.array_equal(two.center.vectors["c"], two.listing()["c"])
+
+
+# One process
+
+
+@pytest.fixture
+def gpu() -> Iterator[Gpu]:
+    with Gpu(IMAGES) as made:
+        yield made
+
+
+def filled(gpu: Gpu, transfer: Transfer, values: np.ndarray) -> Any:
+    vector = gpu.allocate(len(values))
+    transfer.load(vector, values)
+    return vector
+
+
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_enqueued_equals_that_of_the_cpu(name, absent, gpu):
+    kind, rng = OPERATIONS[name], np.random.default_rng(3)
+    arrays = [rng.random(1023).astype(np.float32) for _ in range(len(kind.roles) + kind.optional)]
+    arrays[-1][5] = np.nan if kind.guarded else 0.5
+    scalars = [0.3, 0.9, 0.99, 1e-3][: kind.scalars]
+    if absent and kind.optional:
+        arrays.pop()
+    ops, transfer = CudaOps(gpu), Transfer(gpu)
+    vectors = [filled(gpu, transfer, array) for array in arrays]
+    required = len(kind.roles)
+    getattr(ops, name)(*vectors[:required], *scalars, *vectors[required:])
+    expected = CpuOps()
+    getattr(expected, name)(*arrays[:required], *scalars, *arrays[required:])
+    for vector, array in zip(vectors, arrays, strict=True):
+        assert np.array_equal(transfer.host(vector), array, equal_nan=True)
+    gpu.fetch_counter(gpu.training)
+    gpu.training.synchronize()
+    assert ops.nonfinite == expected.nonfinite
+    ops.nonfinite = 0
+    assert ops.nonfinite == 0
+
+
+def test_copy_and_fill_are_those_of_the_cpu_and_nothing_is_enqueued_for_nothing(gpu):
+    ops, transfer = CudaOps(gpu), Transfer(gpu)
+    y, x = filled(gpu, transfer, np.zeros(31, np.float32)), filled(gpu, transfer, np.arange(31, dtype=np.float32))
+    ops.copy(y[3:20], x[3:20])
+    ops.fill(y[25:], -0.5)
+    ops.copy(y[9:9], x[9:9])
+    ops.fill(y[9:9], 7.0)
+    ops.add(y[9:9], x[9:9])
+    expected = np.r_[np.zeros(3), np.arange(3, 20), np.zeros(5), np.full(6, -0.5)]
+    assert np.array_equal(transfer.host(y), expected.astype(np.float32))
+
+
+def test_training_waits_for_the_exchange_only_where_it_touches_what_that_has_in_hand(gpu):
+    with Center.create(plan_for({"name": "easgd"}, 1, 5, N, 0).layout) as center:
+        turns = StreamTurns(center, 0, Calendar(1, 5), gpu, ops := CudaOps(gpu))
+        x, d, v, y = (gpu.allocate(N) for _ in range(4))
+        waited: list[str] = []
+        gpu.training.wait_event = lambda event: waited.append("waited")  # type: ignore[method-assign]
+        for b in turns.visit():
+            ops.pull(x[b], turns.staged["c"][b], d[b], 0.5)
+        ops.lookahead(y, x, v, 0.9)  # reads x, which the pull reads too
+        assert waited == []
+        ops.descend(y, v, 0.1)  # has nothing to do with the exchange
+        assert waited == []
+        ops.descend(x, v, 0.1, d)  # writes x
+        assert waited == ["waited"]
+        ops.descend(x, v, 0.1, d)  # the exchange is over
+        assert waited == ["waited"]
+        gpu.training.synchronize()
+        turns._out.synchronize()
+        gpu.__exit__(None, None, None)  # before the center it has pinned
+
+
+def test_an_order_of_turns_that_cannot_be_enqueued_is_refused(gpu):
+    with Center.create(plan_for({"name": "easgd"}, 1, 5, N, 0).layout) as center:
+        place = OnGpu(center, 0, Calendar(1, 5), gpu)
+        with pytest.raises(ValueError, match="turns=together: on a GPU turns are taken in stream order, strict only"):
+            place.turns("together", lambda: None, 0, lambda block: None)
+        gpu.__exit__(None, None, None)
+
+
+def test_kernels_are_compiled_to_machine_code_without_a_gpu():
+    assert compiled("elastic", (9, 0))[:4] == b"\x7fELF"
