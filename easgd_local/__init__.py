@@ -38,10 +38,12 @@ _HOMES = {
     "ASGD": "rules.asgd",
     "MVASGD": "rules.asgd",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_HOMES, "__version__", "theory"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "theory":
+        return import_module(f"{__name__}.theory")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -20,6 +20,7 @@ from easgd_local import __version__
 from easgd_local.config import CHOICES, Config, refuse_change
 from easgd_local.rules import RULES, rule_class
 from easgd_local.rules.base import Rule, plain_type
+from easgd_local.theory import command as theory_command
 
 if TYPE_CHECKING:
     from easgd_local.prepare import Prepared
@@ -69,21 +70,42 @@ def parser() -> argparse.ArgumentParser:
     run = train.add_argument_group("the run")
     _add_config_flags(run)
     run.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
+    theory = commands.add_parser(
+        "theory", help="draw the theory: stability and moments", usage="easgd-local theory NAME [--flag VALUE ...]",
+        description="Computes what the theory of elastic averaging and ADMM says on a quadratic, and draws it.",
+    )  # fmt: skip
+    theory_command.add_studies(theory, Parser)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 the run failed, 2 bad usage, 130 interrupted."""
     arguments = vars(parser().parse_args(argv))
-    assert arguments.pop("command") == "train"
-    return _train(arguments)
+    commands = {"train": _train, "theory": _theory}
+    return commands[arguments.pop("command")](arguments)
+
+
+def _theory(arguments: dict[str, Any]) -> int:
+    try:
+        lines = theory_command.execute(**arguments)
+    except (ValueError, MemoryError) as error:
+        _complain(str(error))
+        return USAGE
+    except OSError as error:
+        _complain(f"{arguments['out']}: the folder cannot be written to ({error.strerror}); give another --out.")
+        return FAILED
+    except KeyboardInterrupt:
+        _complain("interrupted; files not named yet are as they were.")
+        return INTERRUPTED
+    print("\n".join(lines))
+    return DONE
 
 
 def _train(arguments: dict[str, Any]) -> int:
     try:
         prepared = _prepare(arguments)
     except (ValueError, MemoryError) as error:
-        _complain(str(error))
+        _complain(str(error) or "there is not enough memory for this; choose a smaller model, or fewer workers.")
         return USAGE
     except KeyboardInterrupt:
         _complain(INTERRUPTED_EARLY)
@@ -224,7 +246,10 @@ def _parts(message: str) -> tuple[str, str, str]:
 def _unrecognized(words: list[str], parser: argparse.ArgumentParser) -> str:
     flag = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if flag is None:
-        return f"{' '.join(words)}: not understood, as values follow their flag and there is one RULE; leave it out"
+        one = next(
+            (f" and there is one {action.metavar}" for action in parser._actions if not action.option_strings), ""
+        )
+        return f"{' '.join(words)}: not understood, as values follow their flag{one}; leave it out"
     word, known = flag.lstrip("-"), [one.lstrip("-") for action in parser._actions for one in action.option_strings]
     near = [one for one in known if one.startswith(word)] or get_close_matches(word, known, n=1)
     return f"{flag}: there is no such flag{f', did you mean --{near[0]}' if near else ''}"

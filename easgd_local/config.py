@@ -195,7 +195,8 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     before, after = old.to_json(), new.to_json()
     # A cosine ends with the run, so in a longer run it would have been another one from the start.
-    allowed = RESUMABLE - {"steps", "epochs"} if old.schedule == "cosine" else RESUMABLE
+    fixed = {"steps", "epochs", *(["workers"] if old.epochs else [])}  # which say how long that is
+    allowed = RESUMABLE - fixed if old.schedule == "cosine" else RESUMABLE
     for name in before:
         if name not in allowed | {"faults", "rule"} and before[name] != after[name]:
             found[name] = (before[name], after[name])

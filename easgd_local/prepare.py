@@ -166,6 +166,11 @@ def _plan(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
         warnings.append(
             f"workers={workers} on {cores} cores: they take turns on the cores, so more workers gain nothing."
         )
+    if not config.rule.sequential and steps <= config.rule.period > 1:
+        warnings.append(
+            f"tau={config.rule.period} with steps={steps}: the workers part at step 0 and would next meet at step "
+            f"{config.rule.period}, so the center stays as it starts; choose a smaller tau, or more steps."
+        )
     plan = Plan(
         rule=config.rule,
         learning_rate=config.learning_rate(steps),
@@ -252,6 +257,12 @@ def _restore(
         )
     saved = checkpoint.load_vectors(folder, "center.safetensors")
     workers, clocks = plan.layout.workers, manifest.clocks
+    needed = {"c", *plan.rule.shared, UPDATES, *(center.vectors if workers == manifest.workers else ())}
+    if missing := sorted(needed - saved.keys()):
+        raise ValueError(
+            f"{folder}: lacks {', '.join(missing)}, so another version of easgd_local wrote it; resume with that "
+            f"version, or start a new run."
+        )
     if workers == manifest.workers:
         center.restore(saved)
     else:  # what was allotted to the workers of before is nobody's now
@@ -263,8 +274,8 @@ def _restore(
             f"the center, so this is another run from step {manifest.t} on, not the same one to the bit."
         )
         clocks = {}
-    elif missing := sorted(set(range(workers)) - set(clocks)):
-        names = ", ".join(map(str, missing))
+    elif dead := sorted(set(range(workers)) - set(clocks)):
+        names = ", ".join(map(str, dead))
         warnings.append(f"worker {names} had died before the checkpoint and starts again from the center.")
     return {rank: Start(clocks.get(rank, manifest.t), folder if rank in clocks else None) for rank in range(workers)}
 

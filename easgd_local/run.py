@@ -196,12 +196,15 @@ class Run:
         return summary | {"folder": str(self._folder)}
 
     def _status(self) -> str:
-        if self._interrupts > (0 if self._stop_t >= 0 else 1):  # one alone does not stop what is complete already
+        stopped = self._stop_t >= 0 and not self._finished()
+        if self._interrupts > (0 if stopped else 1):  # one alone does not stop what is complete, or becomes so
             return "interrupted"
         return "done" if self._finished() and is_finite(self._prepared) and not self._diverged else "failed"
 
     def _finished(self) -> bool:
-        return not self._stop_reason and any(tally.state == "finished" for tally in self._tallies)
+        """Whether all went to the end: unasked, or because a stop came when some had got there already."""
+        to_the_end = not self._stop_reason or (self._interrupts == 1 and self._stop_t >= self._calendar.steps)
+        return to_the_end and any(tally.state in ("finished", "stopped") for tally in self._tallies)
 
     # What children say
 
@@ -239,10 +242,11 @@ class Run:
     def _worker_exited(self, rank: int, cause: str | None) -> None:
         del self._workers[rank]
         self._referee.retire(rank)
-        self._center.waiting_for[rank] = 0  # it waits for nobody any more, and writes no more itself
+        for word in (self._center.waiting_for, self._center.held, self._center.earliest_stop):
+            word[rank] = 0  # it waits for nobody and holds no more, and writes no more itself
         if self._tallies[rank].state in ("finished", "stopped"):
             self._event(self._tallies[rank].state, rank=rank)
-        elif self._tallies[rank].state != "starting" or self._stop_t < 0:
+        elif self._tallies[rank].state == "training" or (self._tallies[rank].state == "starting" and self._stop_t < 0):
             self._worker_died(rank, cause or "exited before its last step")
         self._commit()
 
@@ -256,12 +260,17 @@ class Run:
             self._stop_reason = self._stop_reason or f"worker {rank} died and on_failure is stop"
         elif policy == "respawn" and made_a_step and not self._stop_reason:
             # One that dies before its first step would do so again and again.
-            self._tallies[rank] = Tally(rank, "starting", steps=t)
+            self._tallies[rank] = tally.replaced()
             self._start_worker(rank, Start(joins=True))
 
     def _readmit(self, rank: int) -> None:
         round = self._referee.readmit(rank)
         t = round * self._calendar.tau if self._in_rounds else max(self._center.clock[i] for i in self._ranks)
+        if t >= self._calendar.steps:  # no step is left for it
+            self._tallies[rank].state = "died"
+            self._referee.retire(rank)
+            self._launcher.kill(self._workers[rank])
+            return
         self._tallies[rank].state, self._tallies[rank].steps, self._joined[rank] = "training", t, t
         self._event("respawn", rank=rank, t=t)
         _tell(self._workers[rank], t)
@@ -350,15 +359,15 @@ class Run:
     def _stop(self) -> None:
         """Tells the workers at which clock to save their state and leave: the earliest that all of them can reach."""
         center, ranks = self._center, self._training()
-        if self._evaluator:
+        ahead = any(self._tallies[rank].state == "finished" for rank in self._workers)
+        if self._evaluator and not (ahead and self._in_rounds):
             self._launcher.kill(self._evaluator)
         self._launcher.kill_all(one for rank, one in self._workers.items() if self._tallies[rank].state == "starting")
         self._due = self._asked = None
         center.taken[0] = NEVER  # nobody reads snapshots any more, so nobody waits to write one
         if self._in_rounds:
-            ahead = any(self._tallies[rank].state == "finished" for rank in self._workers)
             earliest = max((center.earliest_stop[rank] for rank in ranks), default=self._calendar.steps)
-            self._stop_t = self._calendar.steps if ahead else earliest
+            self._stop_t = self._calendar.steps if ahead else min(earliest, self._calendar.steps)
             center.stop[0] = self._stop_t + 1
         else:  # everybody holds between two steps and stops right there
             clocks = [center.clock[rank] for rank in ranks] or [self._calendar.steps]

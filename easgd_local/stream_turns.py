@@ -47,6 +47,7 @@ class StreamTurns:
     """The Latin square of `turns.StrictTurns`, in stream order. The center's memory is pinned while this is open."""
 
     stale = 0  # not known: updates are counted in the stream
+    counts, opens = True, False
     wait_s = 0.0  # the processor does not wait
 
     def __init__(

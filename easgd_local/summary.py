@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ class Clock:
         return self._before + (time.perf_counter() - self._since if self._since else 0.0)
 
 
+ADDED = ("samples", "exchanges", "wait_s", "exchange_s")
+
+
 @dataclass
 class Tally:
     """What is known of one worker, from its own reports. `state`: starting, training, finished, stopped or died."""
@@ -45,12 +48,20 @@ class Tally:
     exchange_s: float = 0.0
     waited_for_s: list[float] = field(default_factory=list)
     staleness: int | None = None  # updates by others between two visits of a block, at most
+    predecessors: Tally | None = field(default=None, repr=False)
 
     def count(self, values: dict[str, Any]) -> None:
-        """Takes over what a worker's report says."""
+        """Takes over what a worker's report says, on top of what its predecessors of this rank had done."""
         self.steps = values["t"]
-        for name in ("samples", "exchanges", "wait_s", "exchange_s", "waited_for_s", "staleness"):
+        for name in ADDED:
+            setattr(self, name, getattr(self.predecessors, name, 0) + values[name])
+        for name in ("waited_for_s", "staleness"):
             setattr(self, name, values[name])
+
+    def replaced(self) -> Tally:
+        """That of the worker that takes the place of this one."""
+        done = {name: getattr(self, name) for name in ADDED}
+        return Tally(self.rank, "starting", self.steps, **done, predecessors=replace(self, predecessors=None))
 
 
 def summarize(
@@ -59,6 +70,8 @@ def summarize(
     """The content of summary.json. Rates are over the seconds of this launch; a resumed run has earlier ones too."""
     plan, spent = prepared.plan, seconds - prepared.seconds
     reports = [asdict(tally) | {"samples_per_s": tally.samples / spent if spent else None} for tally in tallies]
+    for report in reports:
+        del report["predecessors"]
     samples = sum(tally.samples for tally in tallies)
     unscored = dict.fromkeys(("train_loss", "test_loss", "test_error"))
     return {

@@ -78,13 +78,16 @@ def pass_turns(
 class Turns(Protocol):
     """A worker's way to the center.
 
-    `update` is the number, from 1, of the update of the block in hand; `stale` how many others' updates this worker
-    found at most, in any block, since its own last visit.
+    `update` is the number, from 1, of the update of the block in hand; `opens` whether it is the first in its round;
+    `stale` how many others' updates this worker found at most, in any block, since its own last visit. While `counts`
+    is false its visits are no updates.
     """
 
     round: int
     update: int
     stale: int
+    counts: bool
+    opens: bool
     wait_s: float
     waited_for_s: list[float]
 
@@ -100,6 +103,7 @@ class _Waiting:
         self.wait_s = 0.0
         self.waited_for_s = [0.0] * self.workers
         self.update, self.stale = 0, 0
+        self.counts, self.opens = True, False
         self._seen = [center.updates[b] for b in range(self.blocks)]
 
     def _wait(self, ready: Callable[[], bool], late: Callable[[], int]) -> None:
@@ -138,7 +142,8 @@ class _Waiting:
 
     def _count(self, b: int) -> None:
         """Our update of block b is made, and it is still in hand."""
-        self.center.updates[b] = self._seen[b] = self.update
+        self._seen[b] = self.update if self.counts else self.update - 1
+        self.center.updates[b] = self._seen[b]
 
 
 class _Rounds(_Waiting):
@@ -179,6 +184,7 @@ class _Rounds(_Waiting):
         assert turn[b] == s, f"block {b}: turn {turn[b]} instead of {s}"
         block = self.center.layout.block(b)
         self._take(b)
+        self.opens = self.center.visited[b] != self.round + 1
         yield block
         self._count(b)
         self.center.visited[b] = self.round + 1

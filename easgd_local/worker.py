@@ -111,7 +111,7 @@ class Worker:
         self._turns = self._place.turns(
             plan.turns, self._hold_in_wait, first_round, lambda b: self._rule.close(self, b)
         )
-        self._reloaded, self._saved_label = False, center.save[0]
+        self._reloaded_at, self._saved_label = -1, center.save[0]
         self._made = self._reported = self._exchanges = 0  # steps made, steps reported, exchanges made
         self._turns_s, self._losses = 0.0, 0.0
         self._reported_at = time.perf_counter()
@@ -140,6 +140,11 @@ class Worker:
     def lr(self) -> float:
         """η at the present t."""
         return self._plan.learning_rate(self.t)
+
+    @property
+    def opens(self) -> bool:
+        """Whether this is the first visit to the block in hand in this round."""
+        return self._turns.opens
 
     @property
     def update(self) -> int:
@@ -183,8 +188,7 @@ class Worker:
         """g at `at` (default x) on the minibatch of clock t, or some coordinates of it. Read-only; valid until the next
         call."""
         point = self._kept["x"] if at is None else at
-        if self._reloaded:
-            self._reloaded = False
+        if self._reloaded_at == self.t:  # the point is what it was before it was reloaded
             return self._gradient.zero(self.ops)
         if point is not self.x:  # buffers such as running statistics are part of x wherever the gradient is taken
             self.ops.copy(point[self._gradient.buffers], self.x[self._gradient.buffers])
@@ -282,13 +286,15 @@ class Worker:
         self.t = t
         if self._in_rounds:
             self._turns.round = self._plan.calendar.rounds_before(t)
-        for b in self.turns():
-            self.ops.copy(self.x[b], self.c[b])  # x <- c
+        self._turns.counts = False  # it brings nothing
+        for block in self._turns.visit():
+            self.ops.copy(self.x[block], self.c[block])  # x <- c, buffers too
         if isinstance(self._turns, TogetherTurns):
-            for b in self.read():
-                self.ops.copy(self.x[b], self.c[b])  # x <- c, as it is after the round
-        self._rule.begin(self)
+            for block in self._turns.read():
+                self.ops.copy(self.x[block], self.c[block])  # x <- c, as it is after the round
+        self._turns.counts = True
         self._turns.stale = 0  # nobody was stale before it came
+        self._rule.begin(self)
         self.t += 1
 
     def _reload(self) -> None:
@@ -298,7 +304,7 @@ class Worker:
         self._rule.begin(self)
         self._post("event", "nonfinite", t=self.t, count=self.ops.nonfinite)
         self.ops.nonfinite = 0
-        self._reloaded = True
+        self._reloaded_at = self.t
 
     def _save(self, label: int) -> None:
         folder, name = checkpoint.partial_folder(self._plan.folder, label), checkpoint.worker_file(self.rank)

@@ -91,10 +91,20 @@ def compute(
             paper.localsgd(x, c, mover(rule, x, each, gradient), tau=rule.tau, steps=span)
         case SMA():
             move = mover(rule, x, each, gradient)
-            paper.sma(x, shared["u"], c, move, mu=rule.center_momentum, tau=rule.tau, steps=span)
+            paper.sma(x, shared["u"], shared["s"], c, move, mu=rule.center_momentum, tau=rule.tau, steps=span)
         case DiLoCo():
             move = mover(rule, x, each, gradient)
-            paper.diloco(x, shared["u"], c, move, eta=rule.outer_lr, mu=rule.outer_momentum, tau=rule.tau, steps=span)
+            paper.diloco(
+                x,
+                shared["u"],
+                shared["s"],
+                c,
+                move,
+                eta=rule.outer_lr,
+                mu=rule.outer_momentum,
+                tau=rule.tau,
+                steps=span,
+            )
         case MVASGD() | ASGD():
             a = average_of(rule.average_rate if isinstance(rule, MVASGD) else None)
             paper.sgd(c, gradient, eta=rule.lr, steps=span, z=shared["z"], a=a)

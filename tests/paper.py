@@ -252,16 +252,16 @@ def localsgd(x: list[Vector], c: Vector, move: Move, *, tau: int, steps: range) 
             move(i, t)
 
 
-def sma(x: list[Vector], u: Vector, c: Vector, move: Move, *, mu: float, tau: int, steps: range) -> None:
+def sma(x: list[Vector], u: Vector, s: Vector, c: Vector, move: Move, *, mu: float, tau: int, steps: range) -> None:
     """Synchronous model averaging: Koliousis et al. 2019, Algorithm 1 (arXiv:1901.02244); u is z - z_prev there."""
     alpha, mu = c.dtype.type(1 / len(x)), c.dtype.type(mu)
     for t in steps:
         d = [alpha * (xi - c) if t % tau == 0 else None for xi in x]
         if t % tau == 0:
-            total = np.zeros_like(c)
+            s[:] = 0
             for di in d:
-                total = total + di
-            u[:] = mu * u + total
+                s[:] = s + di
+            u[:] = mu * u + s
             c[:] = c + u
         for i in range(len(x)):
             move(i, t)
@@ -269,16 +269,18 @@ def sma(x: list[Vector], u: Vector, c: Vector, move: Move, *, mu: float, tau: in
                 x[i][:] = x[i] - d[i]
 
 
-def diloco(x: list[Vector], u: Vector, c: Vector, move: Move, *, eta: float, mu: float, tau: int, steps: range) -> None:
+def diloco(
+    x: list[Vector], u: Vector, s: Vector, c: Vector, move: Move, *, eta: float, mu: float, tau: int, steps: range
+) -> None:
     """DiLoCo: Douillard et al. 2023, Algorithm 1 (arXiv:2311.08105), with torch's form of Nesterov's momentum."""
     p, eta, mu = c.dtype.type(1 / len(x)), c.dtype.type(eta), c.dtype.type(mu)
     for t in steps:
         if t % tau == 0:
-            total = np.zeros_like(c)
+            s[:] = 0
             for xi in x:
-                total = total + p * (xi - c)
-            u[:] = mu * u + total
-            c[:] = c + eta * (total + mu * u)
+                s[:] = s + p * (xi - c)
+            u[:] = mu * u + s
+            c[:] = c + eta * (s + mu * u)
             for xi in x:
                 xi[:] = c
         for i in range(len(x)):

@@ -73,7 +73,7 @@ def main(
         worker = Worker(rank, center, plan, gradient, lambda *args, **kwargs: None, 0, place)
         worker.take_up(None)
         center.held[rank] = 1  # ready
-        while not center.save[0]:  # all set off together
+        while not center.grant[0]:  # all set off together
             os.sched_yield()
         if dies_at is None:
             worker.run()

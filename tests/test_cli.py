@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from easgd_local import __version__, cli, hardware, models
+from easgd_local import __version__, checkpoint, cli, hardware, models
 from easgd_local.config import Config
 from easgd_local.launcher import warm_up
 from easgd_local.rules import RULES
@@ -105,8 +105,8 @@ def accepted(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
 
 
 @pytest.mark.parametrize("line, sentence", [
-    ("", "COMMAND is missing: give one of train; see easgd-local --help."),
-    ("trian easgd", "COMMAND=trian: must be one of train; see easgd-local --help."),
+    ("", "COMMAND is missing: give one of train, theory; see easgd-local --help."),
+    ("trian easgd", "COMMAND=trian: must be one of train, theory; see easgd-local --help."),
     ("train", "RULE is missing: give the algorithm: easgd, eamsgd, .*; see easgd-local train --help."),
     ("train --tau 3", "RULE is missing"),
     ("train easgdd", r"rule=easgdd: the rules are easgd, .*; did you mean easgd\?"),
@@ -500,6 +500,14 @@ def test_a_checkpoint_of_another_model_is_refused(old: Path, refused: Refused, m
     monkeypatch.setattr(models, "build", lambda name, shape, classes: build(name, shape=shape, classes=classes + 1))
     sentence = refused(*RESUME, "--steps", "40")
     assert re.match("old/checkpoints/step-00000020: holds a model of 17,.* the data folder or the model has", sentence)
+
+
+def test_a_checkpoint_of_another_version_is_not_resumed(old: Path, refused: Refused, monkeypatch: Any) -> None:
+    load = checkpoint.load_vectors
+    older = lambda folder, name: {key: value for key, value in load(folder, name).items() if key != "updates"}  # noqa: E731
+    monkeypatch.setattr(checkpoint, "load_vectors", older)
+    sentence = refused(*RESUME, "--steps", "40")
+    assert re.match(".*step-00000020: lacks updates, so another version .* wrote it; ", sentence)
 
 
 @pytest.mark.parametrize("text", [

@@ -182,6 +182,8 @@ def test_a_change_of_what_is_computed_is_a_difference(name: str) -> None:
 def test_the_length_of_a_run_with_a_cosine_is_part_of_what_is_computed() -> None:
     before, after = (of("easgd", schedule="cosine", steps=steps) for steps in (10, 20))
     assert differences(before, after) == {"steps": (10, 20)}
+    before, after = (of("easgd", schedule="cosine", epochs=2, workers=workers) for workers in (1, 2))
+    assert differences(before, after) == {"workers": (1, 2)}
 
 
 @pytest.mark.parametrize("name", sorted(RESUMABLE | {"faults"}))

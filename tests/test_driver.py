@@ -176,6 +176,8 @@ CALLS: dict[str, Callable[[Rig], Any]] = {
     "cuStreamWriteValue64_v2": lambda rig: rig.stream.write_value(rig.word(0), 0),
     "cuMemcpyHtoDAsync_v2": lambda rig: rig.stream.copy_to_device(rig.memory.handle, rig.host.handle, 4),
     "cuMemcpyDtoHAsync_v2": lambda rig: rig.stream.copy_to_host(rig.host.handle, rig.memory.handle, 4),
+    "cuMemcpyDtoDAsync_v2": lambda rig: rig.stream.copy_on_device(rig.memory.handle, rig.memory.handle + 64, 4),
+    "cuMemsetD32Async": lambda rig: rig.stream.fill(rig.memory.handle, 0, 4),
     "cuEventCreate": lambda rig: Event.create(rig.driver),
     "cuEventDestroy_v2": lambda rig: give_back(rig.event),
     "cuEventRecord": lambda rig: rig.event.record(rig.stream),

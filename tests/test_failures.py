@@ -19,8 +19,9 @@ import psutil
 import pytest
 import safetensors.torch
 
-from easgd_local import metrics
+from easgd_local import checkpoint, metrics
 from easgd_local.faults import Fault
+from easgd_local.rules.downpour import ADownpour
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.easgd import EASGD
 from tests.conftest import children, eventually
@@ -113,10 +114,11 @@ def test_with_respawn_a_dead_worker_is_replaced_from_the_center(turns: str, run:
 
 
 @pytest.mark.parametrize("turns", ["strict", "free"])
-def test_a_replacement_that_comes_after_the_others_have_finished_holds_nobody_up(turns: str, run: Runner) -> None:
+def test_a_worker_that_dies_when_no_step_is_left_for_another_is_not_replaced(turns: str, run: Runner) -> None:
     summary = run(workers=3, steps=40, turns=turns, faults=(Fault("kill", 1, 39),), on_failure="respawn")
     assert summary["status"] == "done"
-    assert states(summary) == ["finished"] * 3
+    assert states(summary) == ["finished", "died", "finished"]
+    assert [report["steps"] for report in summary["worker_reports"]] == [40, 39, 40]
 
 
 def test_with_stop_a_death_ends_the_run_with_a_checkpoint_of_the_others(run: Runner) -> None:
@@ -140,7 +142,9 @@ def test_values_that_are_not_finite_stay_out_of_the_center_and_the_worker_is_rel
     assert np.isfinite(losses[-1])
 
 
-def test_an_interrupt_between_the_first_and_the_last_to_finish_loses_nothing(tmp_path: Path, run: Runner) -> None:
+def test_an_interrupt_between_the_first_and_the_last_to_finish_lets_the_last_finish(
+    tmp_path: Path, run: Runner
+) -> None:
     """Worker 0 finishes its 100 steps while worker 1 is held up at step 60 of them, within the same round."""
     values = {"rule": EASGD(tau=50), "steps": 100}
     folder = tmp_path / "run"
@@ -156,7 +160,8 @@ def test_an_interrupt_between_the_first_and_the_last_to_finish_loses_nothing(tmp
     thread.start()
     stopped = run(**values, faults=(Fault("pace", 1, t=60, seconds=0.1),), out=str(folder))
     thread.join()
-    assert stopped["status"] == "interrupted"
+    assert stopped["status"] == "done" and stopped["test_error"] is not None
+    assert [report["steps"] for report in stopped["worker_reports"]] == [100, 100]
     longer = values | {"steps": 150}
     assert run(**longer, resume=str(folder))["center_sha256"] == run(**longer)["center_sha256"]
 
@@ -167,6 +172,49 @@ def test_a_run_that_diverges_stops_says_so_and_leaves_no_checkpoint_of_the_ruin(
     assert summary["steps"] < 2000
     assert any("diverged; try less than lr=10000" in warning for warning in summary["warnings"])
     assert not list(Path(summary["folder"], "checkpoints").glob("*"))
+
+
+# Replacements
+
+
+def test_a_replacement_leaves_the_centers_batch_norm_statistics_as_they_are(run: Runner) -> None:
+    values = {
+        "data": "synthetic", "model": "shufflenet_v2_x0_5", "rule": EASGD(tau=1, lr=1e-6), "steps": 6, "batch_size": 8,
+        "workers": 1, "eval_samples": 8,
+    }  # fmt: skip
+    whole, replaced = run(**values), run(**values, on_failure="respawn", faults=(Fault("kill", 0, 3),))
+    variances = [
+        safetensors.torch.load_file(Path(one["folder"], "center.safetensors"))["conv1.1.running_var"].mean()
+        for one in (whole, replaced)
+    ]
+    assert 0.5 * variances[0] < variances[1] < 2 * variances[0]
+
+
+def test_a_replacement_that_would_come_after_the_last_step_is_not_admitted(run: Runner) -> None:
+    summary = run(workers=2, steps=60, rule=EASGD(tau=100), on_failure="respawn", faults=(Fault("kill", 1, 5),))
+    assert (summary["status"], summary["steps"]) == ("done", 60)
+    assert [(report["state"], report["steps"]) for report in summary["worker_reports"]] == [
+        ("finished", 60),
+        ("died", 5),
+    ]
+
+
+def test_what_a_dead_worker_has_done_is_counted_with_that_of_its_replacement(run: Runner) -> None:
+    summary = run(
+        workers=2, steps=400, rule=ADownpour(lr=0.01), on_failure="respawn", faults=(Fault("kill", 1, 10),),
+        checkpoint_every=400,
+    )  # fmt: skip
+    (_, second) = summary["worker_reports"]
+    (joined,) = [event["t"] for event in metrics.read(summary["folder"]) if event["kind"] == "respawn"]
+    # A worker reports at least every 4 steps here, so the dead one's last steps may be missing.
+    assert 0 <= (400 - joined - 1 + 10) * 8 - second["samples"] < 4 * 8
+    saved = checkpoint.load_vectors(Path(summary["folder"], "checkpoints", "step-00000400"), "center.safetensors")
+    assert set(saved["updates"]) == {400 + 10 + (400 - joined - 1)}  # joining is no update
+
+
+def test_a_tau_that_is_never_reached_is_warned_about(run: Runner) -> None:
+    (warning,) = run(workers=2, steps=20, rule=EASGD(tau=20))["warnings"]
+    assert warning.startswith("tau=20 with steps=20: ") and "the center stays as it starts" in warning
 
 
 # A straggler

@@ -287,11 +287,20 @@ class Linear:
             case LocalSGD():
                 paper.localsgd(x, c, listings.mover(rule, x, v, g), tau=rule.tau, steps=steps)
             case SMA():
-                paper.sma(x, u, c, listings.mover(rule, x, v, g), mu=rule.center_momentum, tau=rule.tau, steps=steps)
+                paper.sma(
+                    x,
+                    u,
+                    np.zeros(1),
+                    c,
+                    listings.mover(rule, x, v, g),
+                    mu=rule.center_momentum,
+                    tau=rule.tau,
+                    steps=steps,
+                )
             case DiLoCo():
                 paper.diloco(
-                    x, u, c, listings.mover(rule, x, v, g), eta=rule.outer_lr, mu=rule.outer_momentum, tau=rule.tau,
-                    steps=steps,
+                    x, u, np.zeros(1), c, listings.mover(rule, x, v, g), eta=rule.outer_lr, mu=rule.outer_momentum,
+                    tau=rule.tau, steps=steps,
                 )  # fmt: skip
             case MSGD():
                 paper.msgd(c, v[0], g, eta=rule.lr, delta=rule.momentum, steps=steps)
@@ -423,6 +432,19 @@ def test_gradients_that_are_not_finite_stay_out_of_the_center(rule: Rule) -> Non
     assert counted and not [post for post in done.posts[0] + done.posts[2] if "nonfinite" in post]
 
 
+@pytest.mark.parametrize("rule", [APAM(lr=0.01), MDownpour(lr=0.01), PASSM(lr=0.01), EASGD(lr=0.01, tau=1)], ids=named)
+def test_a_reload_costs_one_gradient_and_not_the_next_one_too(rule: Rule) -> None:
+    asked: list[int] = []
+
+    def gradient(i: int, t: int, x: np.ndarray) -> np.ndarray:
+        asked.append(t)
+        return np.full_like(x, np.nan) if t == 5 else noisy_quadratic(i, t, x)
+
+    train(rule, 1, 10, gradient, turns="strict")
+    before_turns = rule.name != "easgd"  # EASGD's own exchange comes first, and finds at t = 6 what t = 5 has made
+    assert asked == [t for t in range(10) if before_turns or t != 6]
+
+
 def test_admms_contributions_at_the_center_stay_true_when_a_worker_is_reloaded() -> None:
     def gradient(i: int, t: int, x: np.ndarray) -> np.ndarray:
         return np.full_like(x, np.nan) if (i, t) == (1, 5) else noisy_quadratic(i, t, x)
@@ -480,7 +502,10 @@ def test_beta_per_step_divides_by_tau_as_well() -> None:
     (APAM, {"beta1": 1.0}, "beta1=1.0: .* below 1"),
     (APAM, {"beta2": -0.1}, "beta2=-0.1: .* at least 0"),
     (APAM, {"epsilon": 0.0}, "epsilon=0.0: must be positive"),
+    (APAM, {"epsilon": 1e-50}, "epsilon=1e-50: .* in float32"),
     (APAM, {"delay": -1}, "delay=-1: .* at least 0"),
+    (APAM, {"delay": 10**9}, "delay=1000000000: .* at most 10000"),
+    (ADMM, {"rho": 1e300}, r"rho=1e\+300: .* in float32"),
     (PASSM, {"momentum": 1.0}, "momentum=1.0: .* below 1"),
     (PASSMPlus, {"full_steps": -1}, "full_steps=-1: .* at least 0"),
     (LocalSGD, {"tau": 0}, "tau=0: .* at least 1"),

@@ -61,7 +61,7 @@ class Run:
             self.processes.append(process)
         self.center.leave[0] = 1
         assert eventually(lambda: all(self.center.held[rank] for rank in range(len(self.processes))), 20)
-        self.center.save[0] = 1
+        self.center.grant[0] = 1
 
     def codes(self, seconds: float = 20) -> list[int | None]:
         return [self.code(rank, seconds) for rank in range(len(self.processes))]

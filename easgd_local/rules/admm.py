@@ -35,8 +35,8 @@ class ADMM(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.rho < float("inf"):
-            raise ValueError(f"rho={self.rho}: ADMM's penalty must be positive and finite; try 1.")
+        if not (0 < self.rho and 1e-37 < self.lr * self.rho < 1e37):
+            raise ValueError(f"rho={self.rho}: ADMM's penalty must be positive, and ηρ finite in float32; try 1.")
 
     def begin(self, w: WorkerView) -> None:
         w.ops.copy(w.multiplier, w.x)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from easgd_local.backend.cpu import Vector
 
 
+MOST_DELAY = 10_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class APAM(Rule):
     """Asynchronous parallel AMSGrad: Xu et al. 2020 (arXiv:2002.09095).
@@ -44,10 +47,13 @@ class APAM(Rule):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"{name}={value}: the decay of a moment must be at least 0 and below 1; try 0.9.")
-        if not 0 < self.epsilon < float("inf"):
-            raise ValueError(f"epsilon={self.epsilon}: must be positive and finite; the usual is 1e-8.")
-        if self.delay < 0:
-            raise ValueError(f"delay={self.delay}: gradients come from the past, so it must be at least 0; 0 is none.")
+        if not 1e-37 < self.epsilon < 1e37:
+            raise ValueError(f"epsilon={self.epsilon}: must be positive and finite in float32; the usual is 1e-8.")
+        if not 0 <= self.delay <= MOST_DELAY:
+            raise ValueError(
+                f"delay={self.delay}: gradients come from the past, and each step of it costs a worker a vector, so it "
+                f"must be at least 0 and at most {MOST_DELAY}; 0 is none."
+            )
 
     @property
     def local(self) -> tuple[str, ...]:

@@ -36,6 +36,10 @@ class WorkerView(Protocol):
         """In a pass of the loop over `turns`: the number, from 1, of this update of the block by anybody."""
 
     @property
+    def opens(self) -> bool:
+        """In a pass of the loop over `turns`: whether this is the first visit to the block in this round."""
+
+    @property
     def own(self) -> slice:
         """The coordinates that this worker alone writes, for rules that divide the model (PASSM)."""
 

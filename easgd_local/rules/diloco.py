@@ -43,6 +43,8 @@ class DiLoCo(Local):
             for b in w.read():
                 w.ops.difference(w.d[b], w.x[b], w.c[b], 1 / w.workers)  # d <- (x - c)/p
             for b in w.turns():
+                if w.opens:
+                    w.ops.fill(w.s[b], 0.0)
                 w.ops.add(w.s[b], w.d[b])  # s <- s + d
             for b in w.read():
                 w.ops.copy(w.x[b], w.c[b])  # x <- c
@@ -52,4 +54,3 @@ class DiLoCo(Local):
         w.ops.nesterov_ball(
             w.c[b], w.u[b], w.s[b], -self.outer_lr, self.outer_momentum
         )  # u <- μu + s;  c <- c + η_o(s + μu)
-        w.ops.fill(w.s[b], 0.0)

@@ -41,6 +41,8 @@ class SMA(Local):
             for b in w.read():
                 w.ops.difference(w.d[b], w.x[b], w.c[b], 1 / w.workers)  # d <- α(x - c)
             for b in w.turns():
+                if w.opens:
+                    w.ops.fill(w.s[b], 0.0)
                 w.ops.add(w.s[b], w.d[b])  # s <- s + d
         self.move(w)  # with g at the x before the pull
         if due:
@@ -48,4 +50,3 @@ class SMA(Local):
 
     def close(self, w: WorkerView, b: slice) -> None:
         w.ops.heavy_ball(w.c[b], w.u[b], w.s[b], -1.0, self.center_momentum)  # u <- μu + s;  c <- c + u
-        w.ops.fill(w.s[b], 0.0)
