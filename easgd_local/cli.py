@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 from easgd_local import __version__
-from easgd_local.config import CHOICES, Config, refuse_change
+from easgd_local.config import CHOICES, WORKERS, Config, refuse_change
 from easgd_local.rules import RULES, rule_class
 from easgd_local.rules.base import Rule, plain_type
 from easgd_local.theory import command as theory_command
@@ -30,6 +30,13 @@ EXIT_CODES = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
 INTERRUPTED_EARLY = "interrupted before the training began."
 NOT_FLAGS = {"rule", "faults"}
 FOLDERS = {"data_dir", "out"}
+DOCTOR_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
+    ("model", str, "mlp", "model to time (default mlp)"),
+    ("data", str, "digits", "data set to time it on (default digits)"),
+    ("workers", int, WORKERS, f"number of worker processes p (default {WORKERS})"),
+    ("tau", int, 10, "communication period τ, in steps (default 10)"),
+    ("batch_size", int, 32, "samples per step (default 32)"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,14 +82,34 @@ def parser() -> argparse.ArgumentParser:
         description="Computes what the theory of elastic averaging and ADMM says on a quadratic, and draws it.",
     )  # fmt: skip
     theory_command.add_studies(theory, Parser)
+    doctor = commands.add_parser(
+        "doctor", help="say what this machine can do", usage="easgd-local doctor [--flag VALUE ...]",
+        description="Looks at processor, memory and GPUs, and times one step and one exchange of a model.",
+    )  # fmt: skip
+    for name, kind, default, text in DOCTOR_FLAGS:
+        word = "N" if kind is int else "NAME"
+        doctor.add_argument(_flag(name), type=PARSERS.get(kind, str), default=default, metavar=word, help=text)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 the run failed, 2 bad usage, 130 interrupted."""
     arguments = vars(parser().parse_args(argv))
-    commands = {"train": _train, "theory": _theory}
+    commands = {"train": _train, "theory": _theory, "doctor": _doctor}
     return commands[arguments.pop("command")](arguments)
+
+
+def _doctor(arguments: dict[str, Any]) -> int:
+    from easgd_local.doctor import examine
+
+    try:
+        for one in examine(**arguments):
+            print(f"{one.subject:<11} {one.found}{f'  -> {one.remedy}' if one.remedy else ''}", flush=True)
+    except (ValueError, MemoryError) as error:
+        _complain(str(error) or "there is not enough memory for this; choose a smaller model.")
+        return USAGE
+    print("So `train` runs on the CPU here: this version does not train on GPUs yet.")
+    return DONE
 
 
 def _theory(arguments: dict[str, Any]) -> int:
@@ -313,7 +340,7 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number; write it like 0.05 or 5e-2.") from None
 
 
-PARSERS = {int: _whole, float: _number}
+PARSERS: dict[type, Any] = {int: _whole, float: _number}
 
 
 def _flag(name: str) -> str:

@@ -32,7 +32,7 @@ LAYERS = (
     ("launcher", "preload", "referee"),
     ("evaluate",),
     ("worker",),
-    ("devices",),
+    ("devices", "doctor"),
     ("gradient", "stream_turns"),
     ("metrics", "view", "report", "curves", "wording", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),
     ("rules.*",),

@@ -1,0 +1,141 @@
+"""What this machine can do for a training: `easgd-local doctor`. Looks, measures for a second, changes nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from easgd_local import hardware
+from easgd_local.backend.driver import Attribute, Device, Driver, DriverError
+
+REPETITIONS = 5
+WORDS = {True: "yes", False: "no"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `remedy` is empty where all is well."""
+
+    subject: str
+    found: str
+    remedy: str = ""
+
+
+def examine(*, model: str, data: str, workers: int, tau: int, batch_size: int) -> Iterator[Finding]:
+    """The machine first, then GPUs and what they need, then the exchange of this model, measured here."""
+    yield from machine(workers)
+    yield from graphics()
+    yield from exchange(model=model, data=data, workers=workers, tau=tau, batch_size=batch_size)
+
+
+def machine(workers: int) -> Iterator[Finding]:
+    """Cores, memory, NUMA."""
+    cores, room = hardware.cores(), hardware.available_bytes()
+    crowded = f"more workers than cores gain nothing on CPUs; try --workers {cores}" if workers > cores else ""
+    yield Finding("processor", f"{hardware.describe()['processor']}, {cores} cores for {workers} workers", crowded)
+    yield Finding("memory", f"{room / 2**30:.1f} GiB available, of which the center must be claimed at the start")
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
+    yield Finding("NUMA nodes", str(nodes), "" if nodes == 1 else "the center lies in the memory of one of them")
+
+
+def graphics() -> Iterator[Finding]:
+    """The driver, each GPU, CuPy, MPS; what is missing."""
+    try:
+        driver = Driver.open()
+    except DriverError as error:
+        yield Finding("GPU driver", "none that can be used", str(error))
+    else:
+        yield Finding("GPU driver", f"for CUDA {driver.version // 1000}.{driver.version % 1000 // 10}")
+        for number in range(driver.devices):
+            yield from gpu(Device(driver, number))
+    found = [name for name in ("cupy-cuda12x", "cupy-cuda13x") if name in hardware.versions()]
+    missing = "" if found else "pip install 'easgd_local[cuda13]', or [cuda12] for a driver of CUDA 12"
+    yield Finding(
+        "CuPy", ", ".join(f"{name} {hardware.versions()[name]}" for name in found) or "not installed", missing
+    )
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        built = torch.version.cuda
+        yield Finding("torch", f"{torch.__version__}, {f'built for CUDA {built}' if built else 'built without CUDA'}")
+    mps = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists()
+    yield Finding("MPS", "active" if mps else "not active", "not tried with easgd_local" if mps else "")
+
+
+def gpu(device: Device) -> Iterator[Finding]:
+    """One GPU: what the exchange in stream order needs of it, and its link."""
+    major, minor = device.compute_capability
+    subject = f"GPU {device.number}"
+    yield Finding(subject, f"{device.name}, sm_{major}{minor}, at {device.pci_bus_id}, {link(device.pci_bus_id)}")
+    memops = device.memops_64
+    copies = device.attribute(Attribute.ASYNC_ENGINES)
+    yield Finding(
+        subject,
+        f"waits for and writes of 64-bit words in streams: {WORDS[memops]}; host memory can be pinned in place: "
+        f"{WORDS[bool(device.attribute(Attribute.HOST_REGISTER))]}; copies beside a kernel: {copies}",
+        "" if memops else "the exchange in stream order needs them; update the driver",
+    )
+
+
+def link(pci_bus_id: str) -> str:
+    """The link of a device now, and at its best, as the kernel tells it."""
+    folder = Path("/sys/bus/pci/devices") / pci_bus_id.lower()[-12:]
+    try:
+        now, best = (
+            tuple((folder / f"{which}_link_{what}").read_text().strip() for what in ("speed", "width"))
+            for which in ("current", "max")
+        )
+    except OSError:
+        return "link not told"
+    return f"link {now[0]} x{now[1]} now, at best {best[0]} x{best[1]}"
+
+
+def exchange(*, model: str, data: str, workers: int, tau: int, batch_size: int) -> Iterator[Finding]:
+    """Times one gradient step and one exchange of the model on the CPU, in this process."""
+    import torch
+
+    from easgd_local import data as datasets
+    from easgd_local import models
+    from easgd_local.backend.cpu import CpuOps, vector
+    from easgd_local.gradient import Gradient
+
+    if tau < 1 or batch_size < 1 or workers < 1:
+        raise ValueError(f"tau={tau}, batch_size={batch_size}, workers={workers}: each must be at least 1.")
+    dataset = datasets.load(data)
+    threads = max(1, hardware.cores() // workers)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        net = models.build(model, shape=dataset.input_shape, classes=len(dataset.classes))
+        sampler = datasets.shard(0, 0, workers, batch_size, len(dataset.train))
+        gradient = Gradient(net, dataset, sampler, rank=0, weight_decay=1e-4, precision="fp32")
+        ops, n = CpuOps(), gradient.n
+        x, c, d = vector(n), vector(n), vector(n)
+        x[:] = c[:] = gradient.flat.values()
+        step_s = median_s(lambda t: gradient(ops, t, x))
+        pull_s = median_s(lambda t: ops.pull(x, c, d, 0.1))
+    finally:
+        torch.set_num_threads(before)
+    size = f"{gradient.flat.parameters:,} parameters, {4 * n / 2**20:.1f} MiB"
+    yield Finding("model", f"{model} on {data}: {size}; a center of {2 * 4 * n / 2**20:.1f} MiB with its snapshot")
+    yield Finding("step", f"{1e3 * step_s:.2f} ms for {batch_size} samples with {threads} threads (median of 5)")
+    yield Finding("exchange", f"{1e3 * pull_s:.3f} ms on the CPU, {16 * n / pull_s / 1e9:.1f} GB/s (median of 5)")
+    share = pull_s / (tau * step_s)
+    cheap = round(pull_s / (0.01 * step_s))
+    advice = f"a larger tau costs less: 1 % at --tau {cheap}" if share > 0.03 else ""
+    yield Finding("predicted", f"at tau={tau} the exchange costs {100 * share:.2f} % of a step, waiting aside", advice)
+
+
+def median_s(work: Callable[[int], object]) -> float:
+    """Median seconds of five calls after a first one; the call gets its number."""
+    taken = []
+    for number in range(REPETITIONS + 1):
+        began = time.perf_counter()
+        work(number)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])
