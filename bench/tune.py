@@ -38,7 +38,7 @@ def main() -> None:
     grid = given.lr or ((0.01, 0.05) if given.quick else GRID)
     common, rows = about("tune"), []
     seeds = range(given.repetitions or (1 if given.quick else 3))
-    for name in given.rules or (["msgd", "downpour"] if given.quick else RULES):
+    for name in given.rules or (["downpour"] if given.quick else RULES):
         for lr in grid:
             errors = [error_of(name, lr, seed) for seed in seeds]
             rows.append({"entry": f"{name} lr={lr:g}", "test_error": spread(errors), "worst_test_error": max(errors)})
