@@ -358,7 +358,12 @@ class Run:
 
     def _stop(self) -> None:
         """Tells the workers at which clock to save their state and leave: the earliest that all of them can reach."""
-        center, ranks = self._center, self._training()
+        center = self._center
+        for rank in self._training():
+            if center.clock[rank] < self._joined[rank]:  # it still waits for its first turn, perhaps far ahead
+                self._tallies[rank].state = "died"
+                self._launcher.kill(self._workers[rank])
+        ranks = self._training()
         ahead = any(self._tallies[rank].state == "finished" for rank in self._workers)
         if self._evaluator and not (ahead and self._in_rounds):
             self._launcher.kill(self._evaluator)

@@ -199,6 +199,30 @@ def test_a_replacement_that_would_come_after_the_last_step_is_not_admitted(run: 
     ]
 
 
+def test_an_interrupt_does_not_wait_for_a_replacement_whose_first_turn_is_far_ahead(
+    run: Runner, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+
+    def interrupt() -> None:
+        def is_admitted() -> bool:
+            return folder.exists() and any(event["kind"] == "respawn" for event in metrics.read(folder))
+
+        if eventually(is_admitted, 20):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    summary = run(
+        workers=2, steps=5000, rule=EASGD(tau=2000), on_failure="respawn", out=str(folder),
+        faults=(Fault("kill", 1, 5), Fault("pace", 0, seconds=0.005)),
+    )  # fmt: skip
+    thread.join()
+    assert summary["status"] == "interrupted"
+    assert summary["worker_reports"][0]["steps"] < 2000
+    assert run(workers=2, steps=5000, rule=EASGD(tau=2000), resume=str(folder))["status"] == "done"
+
+
 def test_what_a_dead_worker_has_done_is_counted_with_that_of_its_replacement(run: Runner) -> None:
     summary = run(
         workers=2, steps=400, rule=ADownpour(lr=0.01), on_failure="respawn", faults=(Fault("kill", 1, 10),),
