@@ -5,7 +5,8 @@
 
 Every trial is a whole run of `easgd-local train RULE --lr X --seed S`, all else at its defaults; the rows hold the
 center's error at each step size. The defaults in the rules' dataclasses are the best of these: the least error of the
-worst seed, and among those within two percentage points of it the smallest step size, since deeper networks want less.
+worst seed up to lr = 0.2, and within one percentage point of that the smallest step size, since deeper networks want
+less.
 """
 
 from __future__ import annotations

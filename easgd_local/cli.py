@@ -192,8 +192,8 @@ def _hyperparameters(arguments: dict[str, Any]) -> tuple[type[Rule], dict[str, A
         if name not in _names(rule):
             owners = ", ".join(other for other, one in RULES.items() if name in _names(one))
             raise ValueError(
-                f"{name}={value}: the rule {rule.name} has no {name}, only {', '.join(_names(rule))}; leave --{name} "
-                f"out, or use a rule that has it: {owners}."
+                f"{name}={value}: the rule {rule.name} has no {name}, only {', '.join(_names(rule))}; leave "
+                f"{_flag(name)} out, or use a rule that has it: {owners}."
             )
     return rule, given
 

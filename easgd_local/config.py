@@ -73,7 +73,9 @@ class Config:
     )
     block_bytes: int = flag(4 << 20, "size of the center's blocks in bytes; small models have smaller ones")
     threads: int | None = flag(None, "threads of each worker; default cores / workers")
-    eval_every: int | None = flag(None, "steps between evaluations of the center; 0 never; default steps / 10")
+    eval_every: int | None = flag(
+        None, "steps between evaluations of the center; 0 only at the start and the end; default steps / 10"
+    )
     eval_samples: int = flag(2000, "training samples used for the center's training loss")
     checkpoint_every: int = flag(0, "steps between checkpoints; 0 only when interrupted")
     keep: int = flag(3, "checkpoints to keep")
@@ -84,7 +86,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):
-            raise ValueError(f"rule={self.rule!r}: must be a rule with its hyperparameters, such as EASGD(tau=10).")
+            raise ValueError(
+                f"rule={self.rule!r}: must be a rule with its hyperparameters, such as EASGD() or EASGD(tau=10)."
+            )
         make_plain(self)
         if self.workers is None:
             object.__setattr__(self, "workers", 1 if self.rule.sequential else WORKERS)
@@ -96,9 +100,10 @@ class Config:
         self._check_choices()
         self._check_schedule()
         if self.turns not in self.rule.orders:
+            rendezvous = ", or use a synchronous rule such as easgd-sync" if self.turns == "together" else ""
             raise ValueError(
                 f"turns={self.turns}: the rule {self.rule.name} is defined for turns={' or '.join(self.rule.orders)}; "
-                f"leave turns out for {self.rule.orders[0]}."
+                f"leave turns out for {self.rule.orders[0]}{rendezvous}."
             )
         if self.rule.sequential and self.workers != 1:
             raise ValueError(

@@ -171,6 +171,9 @@ def _plan(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
             f"tau={config.rule.period} with steps={steps}: the workers part at step 0 and would next meet at step "
             f"{config.rule.period}, so the center stays as it starts; choose a smaller tau, or more steps."
         )
+    for name, needed in (("warmup", config.warmup), ("lr_step", config.lr_step or 0)):
+        if needed >= steps:
+            warnings.append(f"{name}={needed} with steps={steps}: the run ends before; choose a smaller {name}.")
     plan = Plan(
         rule=config.rule,
         learning_rate=config.learning_rate(steps),
@@ -231,6 +234,8 @@ def _effective(plan: Plan) -> dict[str, Any]:
         "eval_every": calendar.evaluate_every,
         "threads": plan.threads,
         "device": "cpu",
+        "lr": plan.learning_rate.lr,
+        "schedule": plan.learning_rate.shape,
         **plan.rule.derived(plan.layout.workers),
     }
 

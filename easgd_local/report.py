@@ -53,7 +53,7 @@ def markdown(config: dict[str, Any], summary: dict[str, Any], events: Sequence[E
         "## Warnings",
         "\n".join(f"- {_cell(w)}" for w in warnings) or "None.",
     ]
-    for name in ("hardware", "versions", "config"):
+    for name in ("effective", "hardware", "versions", "config"):
         parts += [f"## {name.capitalize()}", _table(("what", "value"), flattened(config.get(name) or {}))]
     return "\n\n".join(parts) + "\n"
 

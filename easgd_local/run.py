@@ -34,6 +34,8 @@ def train(config: Config, *, resume: str | Path | None = None, listeners: Sequen
     `resume` names the folder of a run to continue. `listeners` are called with every event of metrics.jsonl.
     Raises `ValueError` or `MemoryError` for a configuration that cannot work, before anything is started.
     """
+    if not isinstance(config, Config):
+        raise ValueError(f"config={config!r}: must be a configuration; write easgd.train(easgd.Config(rule=...)).")
     warm_up()
     with prepare(config, None if resume is None else Path(resume)) as prepared:
         return Run(prepared, listeners).execute()
@@ -69,6 +71,7 @@ class Run:
         self._due: tuple[int, int] | None = None  # (round, T) of an evaluation that waits for the workers to hold
         self._asked: tuple[int, int] | None = None  # (round, T) of the one under way
         self._scores: evaluate.Scores | None = None
+        self._evaluated_t = self._prepared.t
         self._buffers: Vector | None = None
         self._evaluate_s = 0.0
         self._interrupts, self._stop_reason, self._stop_t = 0, "", -1
@@ -178,9 +181,11 @@ class Run:
             self._warn("the center holds values that are not finite.")
         for rank, times in enumerate(self._reloads):
             if times:
-                self._warn(f"worker {rank} was reloaded from the center {times} times, as its values were not finite.")
+                often = "once" if times == 1 else f"{times} times"
+                self._warn(f"worker {rank} was reloaded from the center {often}, as its values were not finite.")
         summary = {"status": self._status()} | summarize(
             self._prepared, self._tallies, self._scores, seconds=self._clock.seconds, evaluate_s=self._evaluate_s,
+            evaluated_at=self._evaluated_t if self._scores else None,
             failures=self._failures, warnings=self._warnings,
         )  # fmt: skip
         self._event("end", t=summary["steps"], status=summary["status"])
@@ -394,7 +399,7 @@ class Run:
         if self._asked is None:
             return
         round, t = self._asked
-        self._asked, self._scores, self._buffers = None, scores, buffers
+        self._asked, self._scores, self._buffers, self._evaluated_t = None, scores, buffers, t
         self._evaluate_s += took_s
         self._event("center", t=t, round=round, evaluate_s=took_s, **vars(scores))
         if not math.isfinite(scores.train_loss) and not self._diverged:

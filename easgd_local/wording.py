@@ -60,13 +60,15 @@ def summary_rows(summary: dict[str, Any], events: Sequence[Event] = ()) -> list[
     """(what, value with unit) of a finished run."""
     get = summary.get
     lowest = best(events)
+    evaluated, steps = get("evaluated_at"), get("steps")
+    at = "" if evaluated is None or evaluated == steps else f" at step {count_text(evaluated)}"
     rows = [
         ("status", str(get("status") or UNKNOWN)),
         ("worker steps", count_text(get("steps"))),
-        ("exchanges", count_text(get("exchanges"))),
-        ("center training loss", loss_text(get("train_loss"))),
-        ("center test loss", loss_text(get("test_loss"))),
-        ("center test error", percent_text(get("test_error"))),
+        ("exchanges, all workers together", count_text(get("exchanges"))),
+        ("center training loss", loss_text(get("train_loss")) + at),
+        ("center test loss", loss_text(get("test_loss")) + at),
+        ("center test error", percent_text(get("test_error")) + at),
         ("training time", seconds_text(get("seconds"))),
         ("evaluation time, not counted above", seconds_text(get("evaluate_s"))),
         ("samples", count_text(get("samples"))),

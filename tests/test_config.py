@@ -39,7 +39,7 @@ def other_rule(name: str) -> Any:
     values = {
         "lr": 0.125, "momentum": 0.5, "tau": 1 if name == "mdownpour" else 7, "rho": 0.3, "first": "worker",
         "average_rate": 0.5, "beta1": 0.5, "beta2": 0.25, "epsilon": 0.125, "delay": 3, "full_steps": 9,
-        "inner": "adagrad", "center_momentum": 0.5, "outer_lr": 0.25, "outer_momentum": 0.5,
+        "inner": "msgd", "center_momentum": 0.5, "outer_lr": 0.25, "outer_momentum": 0.5,
     }  # fmt: skip
     return RULES[name](**{one.name: values.get(one.name, one.default) for one in fields(RULES[name])})
 
@@ -103,7 +103,7 @@ def test_an_unknown_field_in_json_tells_of_another_version() -> None:
 
 
 @pytest.mark.parametrize("make, sentence", [
-    (lambda: Config(rule="easgd"), r"rule='easgd': must be a rule with its hyperparameters, such as EASGD\(tau=10\)"),
+    (lambda: Config(rule="easgd"), r"rule='easgd': must be a rule with its hyperparameters, such as EASGD\(\) or EASGD\(tau=10\)"),
     (lambda: Config(rule=EASGD), "must be a rule with its hyperparameters"),
     (lambda: of("easgd", steps=1.5), "steps=1.5: must be a whole number, not float"),
     (lambda: of("easgd", steps="100"), "steps='100': must be a whole number, not str"),

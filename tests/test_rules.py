@@ -51,7 +51,8 @@ CASES: list[Rule] = [
     *(APAM(lr=0.01, beta1=0.8, beta2=0.99, epsilon=1e-6, delay=delay) for delay in (0, 1, 4)),
     PASSM(lr=0.05, momentum=0.6),
     *(PASSMPlus(lr=0.05, momentum=0.6, full_steps=steps) for steps in (0, 5)),
-    *(LocalSGD(lr=0.1, tau=tau, inner=inner, momentum=0.6) for tau in (1, 3) for inner in ("sgd", "msgd")),
+    *(LocalSGD(lr=0.1, tau=tau) for tau in (1, 3)),
+    *(LocalSGD(lr=0.1, tau=tau, inner="msgd", momentum=0.6) for tau in (1, 3)),
     *(SMA(lr=0.1, tau=tau, inner="sgd", center_momentum=0.4) for tau in (1, 3)),
     SMA(lr=0.05, tau=2, inner="msgd", center_momentum=0.4, momentum=0.6),
     *(DiLoCo(lr=0.1, tau=tau, inner="sgd", outer_lr=0.8, outer_momentum=0.4) for tau in (1, 3)),
@@ -73,8 +74,12 @@ def in_order(rule: Rule) -> str:
 
 
 def each_rule(**given: Any) -> list[Rule]:
-    """Every rule, with those of the given hyperparameters that it has."""
-    return [rule(**{one.name: given[one.name] for one in fields(rule) if one.name in given}) for rule in RULES.values()]
+    """Every rule, with those of the given hyperparameters that it has (δ belongs to other local optimizers)."""
+    rules = []
+    for rule in RULES.values():
+        names = {one.name for one in fields(rule)} - ({"momentum"} if issubclass(rule, Local) else set())
+        rules.append(rule(**{name: value for name, value in given.items() if name in names}))
+    return rules
 
 
 def listing(rule: Rule, workers: int, steps: int, dtype: Any = np.float32, **values: Any) -> listings.State:
@@ -509,6 +514,7 @@ def test_beta_per_step_divides_by_tau_as_well() -> None:
     (PASSM, {"momentum": 1.0}, "momentum=1.0: .* below 1"),
     (PASSMPlus, {"full_steps": -1}, "full_steps=-1: .* at least 0"),
     (LocalSGD, {"tau": 0}, "tau=0: .* at least 1"),
+    (LocalSGD, {"momentum": 0.5}, "momentum=0.5: belongs to inner=msgd, and inner=sgd has none"),
     (LocalSGD, {"inner": "lion"}, "inner=lion: the local optimizers are sgd, msgd, adam"),
     (SMA, {"center_momentum": 1.0}, "center_momentum=1.0: .* below 1"),
     (DiLoCo, {"outer_lr": 0.0}, "outer_lr=0.0: .* positive"),
@@ -545,6 +551,11 @@ def test_a_local_torch_optimizer_does_what_it_does_in_torch(inner: str) -> None:
         x.grad = torch.from_numpy(noisy_quadratic(0, t, x.detach().numpy()))
         optimizer.step()
     assert np.abs(done.x[0] - x.detach().numpy()).max() <= 2 * EPS
+
+
+def test_every_local_optimizer_has_a_step_size_of_its_own() -> None:
+    assert [LocalSGD(inner=inner).lr for inner in ("sgd", "msgd", "adamw")] == [0.2, 0.05, 0.0005]
+    assert (DiLoCo().lr, DiLoCo(inner="sgd").lr, DiLoCo(lr=0.3).lr) == (0.0005, 0.2, 0.3)
 
 
 def test_every_local_rule_takes_every_optimizer() -> None:

@@ -50,6 +50,6 @@ def rule_class(name: str) -> type[Rule]:
     """The rule of that name; `ValueError` with the nearest names for an unknown one."""
     if name in RULES:
         return RULES[name]
-    near = difflib.get_close_matches(name, RULES, n=1)
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), RULES, n=1)
     hint = f"did you mean {near[0]}?" if near else "choose one of them."
     raise ValueError(f"rule={name}: the rules are {', '.join(RULES)}; {hint}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from easgd_local.rules.base import WorkerView, hyperparameter
-from easgd_local.rules.local import INNER, Local
+from easgd_local.rules.local import INNER_HELP, Local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,7 @@ class DiLoCo(Local):
     name: ClassVar[str] = "diloco"
     shared: ClassVar[tuple[str, ...]] = ("u", "s")
 
-    lr: float = hyperparameter(0.0005, "step size η")
-    inner: str = hyperparameter("adamw", f"local optimizer of localsgd, sma and diloco: {', '.join(INNER)}")
+    inner: str = hyperparameter("adamw", INNER_HELP)
     outer_lr: float = hyperparameter(0.7, "diloco: step size η_o of the center")
     outer_momentum: float = hyperparameter(0.9, "diloco: momentum coefficient μ of the center")
 

@@ -26,7 +26,7 @@ class EAMSGD(Elastic):
     local = ("v",)
     scratch = ("d", "y")
 
-    lr: float = hyperparameter(0.02, "step size η")
+    lr: float = hyperparameter(0.05, "step size η")
     momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")
 
     def __post_init__(self) -> None:

@@ -8,8 +8,15 @@ from typing import ClassVar
 from easgd_local.optimizers import OPTIMIZERS
 from easgd_local.rules.base import Rule, WorkerView, check_momentum, check_period, hyperparameter
 
+MOMENTUM = 0.9
 OURS = {"sgd": (), "msgd": ("v",)}
 INNER = (*OURS, *OPTIMIZERS)
+# Default step sizes: an optimizer that divides by the gradient's size wants another one than SGD.
+RATES = {"sgd": 0.2, "msgd": 0.05, "adam": 0.0005, "adamw": 0.0005, "rmsprop": 0.0005, "adagrad": 0.01}
+INNER_HELP = (
+    f"local optimizer of localsgd, sma and diloco: {', '.join(INNER)}; unless given, lr is then "
+    f"{', '.join(f'{RATES[name]} for {name}' for name in INNER)}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +25,24 @@ class Local(Rule):
 
     orders: ClassVar[tuple[str, ...]] = ("together",)
 
+    lr: float = hyperparameter(None, "step size η")
     tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
-    inner: str = hyperparameter("sgd", f"local optimizer of localsgd, sma and diloco: {', '.join(INNER)}")
-    momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")
+    inner: str = hyperparameter("sgd", INNER_HELP)
+    momentum: float = hyperparameter(MOMENTUM, "momentum coefficient δ of the rules with momentum")
 
     def __post_init__(self) -> None:
+        if self.inner not in INNER:
+            raise ValueError(f"inner={self.inner}: the local optimizers are {', '.join(INNER)}; choose one of them.")
+        if self.lr is None:
+            object.__setattr__(self, "lr", RATES[self.inner])
         super().__post_init__()
         check_period(self.tau)
         check_momentum(self.momentum)
-        if self.inner not in INNER:
-            raise ValueError(f"inner={self.inner}: the local optimizers are {', '.join(INNER)}; choose one of them.")
+        if self.inner != "msgd" and self.momentum != MOMENTUM:
+            raise ValueError(
+                f"momentum={self.momentum}: belongs to inner=msgd, and inner={self.inner} has none; leave it out, or "
+                f"use inner=msgd."
+            )
 
     @property
     def local(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ class MDownpour(Rule):
     name: ClassVar[str] = "mdownpour"
     shared: ClassVar[tuple[str, ...]] = ("v",)
 
-    lr: float = hyperparameter(0.005, "step size η")
+    lr: float = hyperparameter(0.01, "step size η")
     momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")
     tau: int = hyperparameter(1, "communication period τ, in steps of the worker's clock")
 

@@ -28,7 +28,7 @@ class PASSM(Rule):
     divides: ClassVar[bool] = True
     local = ("u",)
 
-    lr: float = hyperparameter(0.01, "step size η")
+    lr: float = hyperparameter(0.02, "step size η")
     momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")
 
     def __post_init__(self) -> None:
@@ -59,6 +59,7 @@ class PASSMPlus(PASSM):
 
     name: ClassVar[str] = "passm+"
 
+    lr: float = hyperparameter(0.05, "step size η")
     full_steps: int = hyperparameter(50, "passm+: full steps before full and partial ones alternate")
 
     def __post_init__(self) -> None:
