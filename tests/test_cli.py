@@ -1,9 +1,9 @@
 """The command line: one sentence for each mistake, exit code 2, nothing left behind; and what --help says."""
 
 import contextlib
-import gc
 import errno
 import fcntl
+import gc
 import io
 import json
 import os
