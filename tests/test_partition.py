@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -31,13 +34,19 @@ def test_every_part_of_any_list_of_layers_is_a_run_and_none_is_empty(sizes: list
     assert [layer for part in cut for layer in part] == list(range(len(sizes)))
 
 
-@given(st.lists(st.integers(1, 100), min_size=8, max_size=60), st.integers(1, 8))
-def test_every_edge_lies_as_near_to_its_share_as_layers_allow(sizes: list[int], parts: int) -> None:
-    before = np.concatenate([[0], np.cumsum(sizes)])
-    cut = partition(sizes, parts)
-    for number, part in enumerate(cut[1:], start=1):
-        aim, allowed = before[-1] * number / parts, range(cut[number - 1].start + 1, len(sizes) - (parts - number) + 1)
-        assert abs(before[part.start] - aim) == min(abs(before[edge] - aim) for edge in allowed)
+@given(st.lists(st.integers(0, 100), min_size=5, max_size=9), st.integers(1, 5))
+def test_no_other_cut_is_more_equal(sizes: list[int], parts: int) -> None:
+    def squares(edges: Sequence[int]) -> int:
+        return sum(sum(sizes[start:stop]) ** 2 for start, stop in pairwise((0, *edges, len(sizes))))
+
+    made = squares([part.start for part in partition(sizes, parts)[1:]])
+    assert made == min(map(squares, combinations(range(1, len(sizes)), parts - 1)))
+
+
+def test_a_large_layer_is_not_joined_by_its_neighbours() -> None:
+    """The tensors of cifar7 in four parts: the large second convolution is a part of its own."""
+    sizes = [4800, 64, 204800, 128, 73728, 64, 147456, 256, 2560, 10]
+    assert partition(sizes, 4) == [range(2), range(2, 3), range(3, 6), range(6, 10)]
 
 
 def test_equal_layers_are_divided_equally() -> None:
@@ -90,8 +99,8 @@ def test_the_backward_pass_of_a_part_ends_below_its_first_layer() -> None:
         costs.append(counter.get_total_flops())
     full, *partial = costs
     assert partial == sorted(partial, reverse=True)
-    assert partial[0] < full  # the first part lacks only the gradients of the others' weights
-    assert max(partial[1:]) < 0.4 * full  # the others need hardly more than the forward pass, a third of it all
+    assert partial[0] < 0.8 * full  # the first part still lacks the gradients of the others' weights
+    assert max(partial[2:]) < 0.4 * full  # the last ones need hardly more than the forward pass, a third of it all
 
 
 def test_more_workers_than_layers_are_refused_before_anything_starts() -> None:
