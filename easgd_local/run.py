@@ -370,7 +370,8 @@ class Run:
                 self._launcher.kill(self._workers[rank])
         ranks = self._training()
         ahead = any(self._tallies[rank].state == "finished" for rank in self._workers)
-        if self._evaluator and not (ahead and self._in_rounds):
+        lets_finish = ahead and self._in_rounds and self._asked is None  # then the end is evaluated as usual
+        if self._evaluator and not lets_finish:
             self._launcher.kill(self._evaluator)
         self._launcher.kill_all(one for rank, one in self._workers.items() if self._tallies[rank].state == "starting")
         self._due = self._asked = None
