@@ -28,6 +28,7 @@ from easgd_local.backend.driver import (
     Device,
     DeviceMemory,
     Driver,
+    DriverError,
     Event,
     Function,
     HostMemory,
@@ -35,9 +36,9 @@ from easgd_local.backend.driver import (
     Stream,
 )
 
-FILES = ("elastic", "center", "amsgrad", "admm")
 THREADS, MOST_BLOCKS = 256, 1024  # of a launch; the loops are grid-stride
 PAGE = 4096
+NOT_FOUND = 500  # CUDA_ERROR_NOT_FOUND
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,11 @@ class Gpu:
 
     def _add(self, module: Module) -> None:
         for name in OPERATIONS:
-            with contextlib.suppress(RuntimeError):  # it is in another file
+            try:
                 self.functions.setdefault(name, module.function(name))
+            except DriverError as error:
+                if error.code != NOT_FOUND:  # which only means that it is in another file
+                    raise
 
     def __enter__(self) -> Gpu:
         return self
