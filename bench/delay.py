@@ -15,7 +15,7 @@ from harness import about, arguments, record, spread
 
 from easgd_local.config import Config
 from easgd_local.rules.apam import APAM
-from easgd_local.run import train
+from easgd_local.training import train
 
 DELAYS = (0, 1, 6, 11, 21, 51, 101, 201)
 

@@ -19,7 +19,7 @@ from harness import about, arguments, record, spread
 
 from easgd_local.config import Config
 from easgd_local.rules import RULES, rule_class
-from easgd_local.run import train
+from easgd_local.training import train
 
 GRID = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 

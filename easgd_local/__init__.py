@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "config",
-    "train": "run",
+    "train": "training",
     "Rule": "rules.base",
     "EASGD": "rules.easgd",
     "EAMSGD": "rules.eamsgd",

@@ -140,13 +140,13 @@ def _train(arguments: dict[str, Any]) -> int:
     from rich.console import Console
 
     from easgd_local import view
-    from easgd_local.run import Run
+    from easgd_local.training import Training
 
     console = Console()
     with prepared:
         with view.open_view(console) as live:
             try:
-                summary = Run(prepared, [live]).execute()
+                summary = Training(prepared, [live]).execute()
             except OSError as error:
                 _complain(
                     f"{prepared.plan.folder}: the run folder cannot be written to ({error.strerror}); make room, and "

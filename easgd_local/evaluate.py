@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,7 +19,7 @@ from easgd_local.center import Center
 from easgd_local.data import Dataset, Split
 from easgd_local.flat import Flat
 from easgd_local.gradient import autocast
-from easgd_local.worker import Plan
+from easgd_local.worker import TrainingPlan
 
 BATCH = 250  # for statistics
 SCORED_AT_ONCE = 125  # small enough that activations stay near the processor
@@ -87,7 +87,7 @@ def _batches(indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [indices[start : start + SCORED_AT_ONCE] for start in range(0, len(indices), SCORED_AT_ONCE)]
 
 
-def main(conn: Connection, fds: list[int], plan: Plan, description: dict[str, Any]) -> None:
+def main(conn: Connection, fds: list[int], plan: TrainingPlan, description: dict[str, Any]) -> None:
     """The evaluator process: for each question copies the center's snapshot, says "taken", answers with scores.
 
     The workers are held meanwhile, so it may use all the cores.
@@ -108,4 +108,4 @@ def main(conn: Connection, fds: list[int], plan: Plan, description: dict[str, An
         if plan.buffers == "recalibrate":
             recalibrate(model, dataset, samples=plan.evaluation_samples)
         scores = evaluate(model, dataset, samples=plan.evaluation_samples, precision=plan.precision)
-        conn.send(("evaluated", scores, copy[flat.buffers].copy(), time.perf_counter() - began))
+        conn.send(("evaluated", asdict(scores), copy[flat.buffers].copy(), time.perf_counter() - began))

@@ -1,8 +1,12 @@
 """A model as one contiguous float32 vector: the only place that loops over parameters.
 
 The vector holds, entry after entry, the trainable parameters, then everything that is exchanged but not moved by a
-gradient: frozen parameters and floating-point buffers such as BatchNorm's running statistics. Entries start at
-multiples of 16 floats (a 64-byte line); the floats between them are zero and stay zero.
+gradient: frozen parameters and buffers such as BatchNorm's running statistics. Entries start at multiples of 16 floats
+(a 64-byte line); the floats between them are zero and stay zero. Within an entry the order is that of the tensor's
+memory, so channels-last weights stay channels-last.
+
+Buffers that are no state to average stay each worker's own: integers, other types than float32, those that are not
+saved (`persistent=False`) or not finite (a mask of -inf).
 """
 
 from __future__ import annotations
@@ -22,13 +26,34 @@ ALIGNMENT = 16  # floats
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter or buffer: its name in the state dict and its coordinates in the flat vector."""
+    """One parameter or buffer: its name in the state dict, its coordinates in the flat vector, its strides there."""
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
     is_buffer: bool
+    stride: tuple[int, ...]
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The view of this entry's coordinates in a vector."""
+        return flat[self.start : self.stop].as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """A model's state dict without the model: where in the vector each name lies, and the other tensors."""
+
+    places: dict[str, Entry | None]  # in the order of the state dict
+    own: dict[str, Tensor]
+
+    def state_dict(self, x: NDArray[np.float32]) -> dict[str, Tensor]:
+        """The state dict with the values of x, as contiguous copies."""
+        flat = torch.from_numpy(x)
+        return {
+            name: (self.own[name] if entry is None else entry.of(flat)).clone(memory_format=torch.contiguous_format)
+            for name, entry in self.places.items()
+        }
 
 
 class Flat:
@@ -45,19 +70,23 @@ class Flat:
         self.model = model
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-        buffers = [(name, b) for name, b in model.named_buffers() if b.is_floating_point()]
+        saved = model.state_dict(keep_vars=True)
+        buffers = [(name, b) for name, b in model.named_buffers() if name in saved and _is_averageable(b)]
         self._tensors = [tensor for _, tensor in trained + frozen + buffers]
         self.entries: list[Entry] = []
         stop = 0
         for place, (name, tensor) in enumerate(trained + frozen + buffers):
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                raise ValueError(f"{name} has no shape yet (a lazy module): run one batch through the model first.")
             if tensor.dtype != torch.float32:
                 raise ValueError(
                     f"{name} has dtype {tensor.dtype}: the exchange works on float32; call model.float() "
-                    f"and choose another precision for the computation with precision=."
+                    f"and choose another precision for the computation with autocast or precision=."
                 )
             start = _aligned(stop)
             stop = start + tensor.numel()
-            self.entries.append(Entry(name, tuple(tensor.shape), start, stop, place >= len(trained) + len(frozen)))
+            is_buffer = place >= len(trained) + len(frozen)
+            self.entries.append(Entry(name, tuple(tensor.shape), start, stop, is_buffer, _dense_stride(tensor)))
             if place < len(trained):
                 self.trainable = stop
         if not trained:
@@ -74,8 +103,9 @@ class Flat:
     def values(self) -> NDArray[np.float32]:
         """A copy of the model's present values as a vector of n floats."""
         x = np.zeros(self.n, np.float32)
+        flat = torch.from_numpy(x)
         for entry, tensor in zip(self.entries, self._tensors, strict=True):
-            x[entry.start : entry.stop] = tensor.detach().numpy().ravel()
+            entry.of(flat).copy_(tensor.detach())
         return x
 
     @torch.no_grad()
@@ -83,14 +113,22 @@ class Flat:
         """The model computes with the memory of x from now on, with the values found there."""
         flat = torch.from_numpy(x)
         for entry, tensor in zip(self.entries, self._tensors, strict=True):
-            tensor.data = flat[entry.start : entry.stop].view(entry.shape)
+            tensor.data = entry.of(flat)
+
+    def strayed(self, x: NDArray[np.float32]) -> str | None:
+        """The name of a parameter or buffer that no longer lies in the memory of x; None when all do."""
+        base = x.ctypes.data
+        for entry, tensor in zip(self.entries, self._tensors, strict=True):
+            if tensor.data_ptr() != base + 4 * entry.start and entry.stop > entry.start:
+                return entry.name
+        return None
 
     def bind_gradients(self, g: NDArray[np.float32]) -> None:
         """Backward passes add to the memory of g from now on."""
         flat = torch.from_numpy(g)
         for entry, tensor in zip(self.entries, self._tensors, strict=True):
             if tensor.requires_grad:
-                tensor.grad = flat[entry.start : entry.stop].view(entry.shape)
+                tensor.grad = entry.of(flat)
 
     @contextlib.contextmanager
     def training(self, only: slice | None) -> Iterator[None]:
@@ -108,18 +146,29 @@ class Flat:
                 tensor.requires_grad_(True)
 
     def state_dict(self, x: NDArray[np.float32]) -> dict[str, Tensor]:
-        """The model's state dict with the values of x, as copies; integer buffers keep the model's own values."""
-        flat = torch.from_numpy(x)
-        state = {name: tensor.detach().clone().contiguous() for name, tensor in self.model.state_dict().items()}
-        own = dict(self.model.named_parameters(remove_duplicate=False)) | dict(
-            self.model.named_buffers(remove_duplicate=False)
-        )
+        """The model's state dict with the values of x, as copies; what is not in x keeps the model's own values."""
+        return self.naming().state_dict(x)
+
+    def naming(self) -> Naming:
+        """The model's state dict as places in x, and copies of the tensors that are not in x."""
         place = {id(tensor): entry for entry, tensor in zip(self.entries, self._tensors, strict=True)}
-        for name in state:
-            entry = place.get(id(own.get(name)))
-            if entry is not None:
-                state[name] = flat[entry.start : entry.stop].view(entry.shape).clone()
-        return state
+        saved = {name: one for name, one in self.model.state_dict(keep_vars=True).items() if isinstance(one, Tensor)}
+        places = {name: place.get(id(tensor)) for name, tensor in saved.items()}
+        return Naming(places, {name: one.detach().clone() for name, one in saved.items() if places[name] is None})
+
+
+def _is_averageable(buffer: Tensor) -> bool:
+    return buffer.dtype == torch.float32 and bool(torch.isfinite(buffer).all())
+
+
+def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's strides if its elements fill their memory without gaps, in whatever order; else contiguous ones."""
+    size = 1
+    for stride, length in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride != size:
+            return torch.empty(tensor.shape, device="meta").stride()
+        size *= length
+    return tuple(tensor.stride())
 
 
 def _aligned(length: int) -> int:

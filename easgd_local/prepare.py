@@ -22,7 +22,8 @@ from easgd_local.partition import partition
 from easgd_local.rules.base import Rule
 from easgd_local.runfolder import claim, lock, saved_config, write_config
 from easgd_local.schedules import Calendar
-from easgd_local.worker import Plan, Start
+from easgd_local.visitor import Start
+from easgd_local.worker import TrainingPlan
 
 CURVE_POINTS = 10  # evaluations of a run that does not say how often
 REPORTS = 100  # of each worker
@@ -36,7 +37,7 @@ class Prepared:
     """
 
     config: Config
-    plan: Plan
+    plan: TrainingPlan
     flat: Flat
     center: Center
     data_fd: int | None
@@ -46,6 +47,23 @@ class Prepared:
     seconds: float
     warnings: list[str]
     lock_fd: int
+
+    @property
+    def model(self) -> str:
+        return self.plan.model
+
+    @property
+    def data(self) -> str:
+        return self.config.data
+
+    @property
+    def parameters(self) -> int:
+        return self.flat.parameters
+
+    @property
+    def own_vectors(self) -> tuple[str, ...]:
+        """Names of the vectors of n floats at each worker."""
+        return ("x", "g", *self.plan.rule.local, *self.plan.rule.scratch)
 
     @property
     def fds(self) -> list[int]:
@@ -116,7 +134,7 @@ def _load(config: Config) -> Dataset:
         ) from error
 
 
-def _model(plan: Plan) -> nn.Module:
+def _model(plan: TrainingPlan) -> nn.Module:
     torch.manual_seed(plan.seed)
     try:
         model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
@@ -148,7 +166,7 @@ def _check_device(device: str) -> None:
         )  # fmt: skip
 
 
-def _plan(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
+def _plan(config: Config, dataset: Dataset) -> tuple[TrainingPlan, list[str]]:
     workers = config.workers
     assert workers is not None
     assert config.turns is not None
@@ -174,7 +192,7 @@ def _plan(config: Config, dataset: Dataset) -> tuple[Plan, list[str]]:
     for name, needed in (("warmup", config.warmup), ("lr_step", config.lr_step or 0)):
         if needed >= steps:
             warnings.append(f"{name}={needed} with steps={steps}: the run ends before; choose a smaller {name}.")
-    plan = Plan(
+    plan = TrainingPlan(
         rule=config.rule,
         learning_rate=config.learning_rate(steps),
         calendar=Calendar(config.rule.period, steps, evaluate_every, config.checkpoint_every),
@@ -226,7 +244,7 @@ def _check_work_left(config: Config, steps: int, t: int, run: Path) -> None:
         )
 
 
-def _effective(plan: Plan) -> dict[str, Any]:
+def _effective(plan: TrainingPlan) -> dict[str, Any]:
     """What the configuration leaves open, as it was decided."""
     calendar = plan.calendar
     return {
@@ -240,7 +258,7 @@ def _effective(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _check_room(plan: Plan) -> None:
+def _check_room(plan: TrainingPlan) -> None:
     rule, workers = plan.rule, plan.layout.workers
     each = 4 * plan.layout.n * (2 + len(rule.local) + len(rule.scratch))  # x, g and the rule's own
     needed, room = plan.layout.size_bytes + workers * each, hardware.available_bytes()
@@ -252,7 +270,7 @@ def _check_room(plan: Plan) -> None:
 
 
 def _restore(
-    center: Center, plan: Plan, manifest: checkpoint.Manifest, folder: Path, warnings: list[str]
+    center: Center, plan: TrainingPlan, manifest: checkpoint.Manifest, folder: Path, warnings: list[str]
 ) -> dict[int, Start]:
     """Fills the center's vectors from a checkpoint; returns where each worker takes up."""
     if manifest.n != plan.layout.n:
@@ -290,7 +308,7 @@ def _shared(rule: Rule, workers: int) -> tuple[str, ...]:
     return "c", *rule.shared, *(f"{name}{i}" for name in rule.allotted for i in range(workers))
 
 
-def _start(center: Center, plan: Plan, flat: Flat) -> None:
+def _start(center: Center, plan: TrainingPlan, flat: Flat) -> None:
     """The center at step 0: c as the model starts, the vectors that the rule says as copies of it, zeros."""
     center.vectors["c"][:] = flat.values()
     rule, workers = plan.rule, plan.layout.workers

@@ -1,4 +1,4 @@
-"""One run: its processes started and watched, the center evaluated at exact rounds, checkpoints, the end."""
+"""The course of a run: its workers watched, the center evaluated at exact rounds, checkpoints, the end."""
 
 from __future__ import annotations
 
@@ -8,47 +8,31 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
-from easgd_local import checkpoint, evaluate, metrics, report, worker
+from easgd_local import checkpoint, metrics, report
 from easgd_local.backend.cpu import Vector
-from easgd_local.config import Config
-from easgd_local.launcher import Child, Launcher, Message, warm_up
+from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener, Metrics
-from easgd_local.prepare import Prepared, prepare
 from easgd_local.referee import NEVER, Referee
-from easgd_local.summary import Clock, Tally, is_finite, summarize
-from easgd_local.worker import Start
+from easgd_local.summary import Clock, Ready, Tally, is_finite, summarize
+from easgd_local.visitor import Start
 
 IDLE_S, BUSY_S, VIEW_S = 0.02, 0.002, 0.1
 
 
-def train(config: Config, *, resume: str | Path | None = None, listeners: Sequence[Listener] = ()) -> dict[str, Any]:
-    """Trains as the command line does; returns what summary.json holds, and the run folder under "folder".
-
-    `resume` names the folder of a run to continue. `listeners` are called with every event of metrics.jsonl.
-    Raises `ValueError` or `MemoryError` for a configuration that cannot work, before anything is started.
-    """
-    if not isinstance(config, Config):
-        raise ValueError(f"config={config!r}: must be a configuration; write easgd.train(easgd.Config(rule=...)).")
-    warm_up()
-    with prepare(config, None if resume is None else Path(resume)) as prepared:
-        return Run(prepared, listeners).execute()
-
-
 class Run:
-    """The course of one run; `execute` is called once.
+    """The course of one run, whoever makes the workers' steps; `execute` is called once.
 
     The workers go their way alone. The run looks at the turn words to see a snapshot complete, asks all the workers to
     hold (`pause` odd) while the center is evaluated or a stop is arranged, and passes on what they report.
     """
 
-    def __init__(self, prepared: Prepared, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(self, prepared: Ready, listeners: Sequence[Listener] = ()) -> None:
         self._prepared, self._listeners, self._plan = prepared, list(listeners), prepared.plan
         self._center, self._calendar, self._folder = prepared.center, prepared.plan.calendar, prepared.plan.folder
         self._ranks = range(self._plan.layout.workers)
@@ -58,7 +42,6 @@ class Run:
         self._reloads = [0] * len(self._tallies)  # how often a worker's values were not finite
         self._joined = dict.fromkeys(self._ranks, -1)  # the clock at which a worker joined a run under way
         self._workers: dict[int, Child] = {}
-        self._evaluator: Child | None = None
         self._assembly = checkpoint.Assembly(
             self._folder,
             config=prepared.config.to_json(),
@@ -70,7 +53,7 @@ class Run:
         self._mean_t = prepared.t
         self._due: tuple[int, int] | None = None  # (round, T) of an evaluation that waits for the workers to hold
         self._asked: tuple[int, int] | None = None  # (round, T) of the one under way
-        self._scores: evaluate.Scores | None = None
+        self._scores: dict[str, Any] = {}
         self._evaluated_t = self._prepared.t
         self._buffers: Vector | None = None
         self._evaluate_s = 0.0
@@ -86,13 +69,52 @@ class Run:
             self._tensorboard() as tensorboard,
             Metrics(self._folder, self._listeners + tensorboard, resume_t=self._prepared.t) as self._metrics,
             _signals(self._interrupt),
-            Launcher(self._folder / "logs") as self._launcher,
+            self._processes() as self._launcher,
             Referee(self._center, self._calendar, self._plan.rule, self._plan.turns) as self._referee,
         ):
             self._start()
             self._supervise()
             self._finish()
             return self._conclude()
+
+    # What kinds of runs differ in
+
+    def _processes(self) -> contextlib.AbstractContextManager[Launcher]:
+        """The children's launcher, while the run lasts."""
+        raise NotImplementedError
+
+    def _described(self) -> dict[str, Any]:
+        """What the first event says beside what all runs say."""
+        raise NotImplementedError
+
+    @property
+    def _evaluator(self) -> Child | None:
+        """Who evaluates the center; None when nobody does."""
+        raise NotImplementedError
+
+    def _start_evaluator(self) -> None:
+        """Before the workers start."""
+
+    def _end_evaluation(self) -> None:
+        """A stop does not wait for an evaluation."""
+
+    def _start_worker(self, rank: int, start: Start) -> None:
+        """Starts the process of a worker."""
+        raise NotImplementedError
+
+    def _dismiss_finished(self) -> None:
+        """Lets the workers go when all have finished: until then a stop may want their state."""
+        if self._all_finished():
+            self._clock.stop()
+            self._center.leave[0] = 1
+
+    def _finish(self) -> None:
+        """Nobody steps any more: the last checkpoint and evaluation see the center as it is."""
+        raise NotImplementedError
+
+    def _center_state(self) -> dict[str, Tensor]:
+        """The center's state dict, as it is now."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def _tensorboard(self) -> Iterator[list[Listener]]:
@@ -110,13 +132,13 @@ class Run:
     def _start(self) -> None:
         plan, prepared = self._plan, self._prepared
         self._event(
-            "start", rule=plan.rule.name, model=plan.model, data=prepared.config.data, workers=len(self._ranks),
-            steps=self._calendar.steps, parameters=prepared.flat.parameters, threads=plan.threads, device="cpu",
-            tau=self._calendar.tau, hyperparameters=plan.rule.derived(len(self._ranks)),
+            "start", rule=plan.rule.name, workers=len(self._ranks), parameters=prepared.parameters,
+            threads=plan.threads, device="cpu", tau=self._calendar.tau,
+            hyperparameters=plan.rule.derived(len(self._ranks)), **self._described(),
         )  # fmt: skip
         for message in prepared.warnings:
             self._event("warning", message=message)
-        self._evaluator = self._launcher.start("evaluator", evaluate.main, prepared.fds, (plan, prepared.description))
+        self._start_evaluator()
         for rank, start in prepared.starts.items():
             self._start_worker(rank, start)
         if prepared.t == 0:
@@ -128,13 +150,7 @@ class Run:
                 break
         self._clock.start()
         for one in self._workers.values():
-            _tell(one, 0)
-
-    def _start_worker(self, rank: int, start: Start) -> None:
-        plan = replace(self._plan, faults=()) if start.joins else self._plan  # a fault strikes once
-        arguments = (rank, plan, self._prepared.description, start)
-        fds = self._prepared.fds
-        self._workers[rank] = self._launcher.start(f"worker-{rank}", worker.main, fds, arguments, rank)
+            tell(one, 0)
 
     def _supervise(self) -> None:
         """Until no worker is left, or an interrupt that will not wait for them."""
@@ -149,24 +165,17 @@ class Run:
             self._hold_or_release()
         self._launcher.kill_all(self._workers.values())
 
-    def _dismiss_finished(self) -> None:
-        """Lets the workers go when all have finished: until then a stop may want their state."""
-        if self._workers and all(self._tallies[rank].state == "finished" for rank in self._workers):
-            self._clock.stop()
-            self._center.leave[0] = 1
+    def _all_finished(self) -> bool:
+        return bool(self._workers) and all(self._tallies[rank].state == "finished" for rank in self._workers)
 
-    def _finish(self) -> None:
-        """Nobody steps any more: the last checkpoint and evaluation see the center as it is."""
-        self._clock.stop()
-        self._center.take_whole_snapshot()
+    def _save_stopped(self) -> None:
+        """The center's part of the checkpoint that a stop has asked the workers for."""
         if self._stop_t >= 0 and self._interrupts < 2 and not self._diverged:
             self._assembly.add_center(self._stop_t, self._center.state())
-        elif self._finished() and self._calendar.checkpoint_every:
-            self._assembly.add_center(self._calendar.steps, self._center.state())
+
+    def _finish_checkpoints(self) -> None:
         self._commit()
         checkpoint.discard_partial(self._folder)
-        if self._finished():
-            self._evaluate_now(self._calendar.rounds_before(self._calendar.steps) - 1, self._calendar.steps)
 
     def _evaluate_now(self, round: int, t: int) -> None:
         while self._asked and self._interrupts < 2:
@@ -189,12 +198,7 @@ class Run:
             failures=self._failures, warnings=self._warnings,
         )  # fmt: skip
         self._event("end", t=summary["steps"], status=summary["status"])
-        c = self._center.vectors[self._plan.rule.reported].copy()
-        if self._plan.rule.reported != "c":
-            c[self._prepared.flat.buffers] = self._center.vectors["c"][self._prepared.flat.buffers]
-        if self._plan.buffers == "recalibrate" and self._buffers is not None:
-            c[self._prepared.flat.buffers] = self._buffers
-        state = self._prepared.flat.state_dict(c)
+        state = self._center_state()
         (self._folder / "center.safetensors").write_bytes(safetensors.torch.save(state))
         (self._folder / "summary.json").write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
         report.write(self._folder)
@@ -220,9 +224,9 @@ class Run:
 
     def _hear(self, one: Child, message: Message) -> None:
         match message, one.rank:
-            case ("evaluated", scores, buffers, took_s), None:
+            case ("evaluated", scores, buffers, took_s), _:
                 self._evaluated(scores, buffers, took_s)
-            case ("taken",), None:
+            case ("taken",), _:
                 self._snapshot_taken()
             case ("exit", cause), None:
                 self._evaluator_exited(cause)
@@ -278,16 +282,11 @@ class Run:
             return
         self._tallies[rank].state, self._tallies[rank].steps, self._joined[rank] = "training", t, t
         self._event("respawn", rank=rank, t=t)
-        _tell(self._workers[rank], t)
+        tell(self._workers[rank], t)
 
     def _evaluator_exited(self, cause: str | None) -> None:
-        self._evaluator = None
-        self._snapshot_taken()
-        self._asked = self._due = None
-        if cause and self._stop_t < 0:
-            self._warn(
-                f"the evaluator died ({cause}): no evaluation from here on; see {self._folder}/logs/evaluator.log."
-            )
+        """An evaluator that is no worker is gone."""
+        raise NotImplementedError
 
     # Evaluation and checkpoints
 
@@ -371,8 +370,8 @@ class Run:
         ranks = self._training()
         ahead = any(self._tallies[rank].state == "finished" for rank in self._workers)
         lets_finish = ahead and self._in_rounds and self._asked is None  # then the end is evaluated as usual
-        if self._evaluator and not lets_finish:
-            self._launcher.kill(self._evaluator)
+        if not lets_finish:
+            self._end_evaluation()
         self._launcher.kill_all(one for rank, one in self._workers.items() if self._tallies[rank].state == "starting")
         self._due = self._asked = None
         center.taken[0] = NEVER  # nobody reads snapshots any more, so nobody waits to write one
@@ -388,22 +387,22 @@ class Run:
         self._event("stop", t=self._stop_t, reason=self._stop_reason)
 
     def _ask(self, round: int, t: int) -> None:
-        if self._evaluator:
+        if evaluator := self._evaluator:
             self._asked = round, t
-            _tell(self._evaluator, t)
+            tell(evaluator, t)
 
     def _snapshot_taken(self) -> None:
         round = (self._asked or self._due or (-1,))[0]
         self._center.taken[0] = max(self._center.taken[0], round + 1)
 
-    def _evaluated(self, scores: evaluate.Scores, buffers: Vector, took_s: float) -> None:
+    def _evaluated(self, scores: dict[str, Any], buffers: Vector | None, took_s: float) -> None:
         if self._asked is None:
             return
         round, t = self._asked
         self._asked, self._scores, self._buffers, self._evaluated_t = None, scores, buffers, t
         self._evaluate_s += took_s
-        self._event("center", t=t, round=round, evaluate_s=took_s, **vars(scores))
-        if not math.isfinite(scores.train_loss) and not self._diverged:
+        self._event("center", t=t, round=round, evaluate_s=took_s, **scores)
+        if not math.isfinite(scores.get("train_loss", 0.0)) and not self._diverged:
             self._diverged = True
             self._stop_reason = self._stop_reason or "diverged"
             self._warn(f"the center's training loss is not finite: diverged; try less than lr={self._plan.rule.lr}.")
@@ -439,7 +438,8 @@ class Run:
         self._interrupts += 1
 
 
-def _tell(one: Child, word: int) -> None:
+def tell(one: Child, word: Any) -> None:
+    """Says something to a child that may be dead already."""
     with contextlib.suppress(OSError):  # dead already: its exit is about to be told
         one.conn.send(word)
 

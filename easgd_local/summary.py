@@ -5,12 +5,52 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from easgd_local.evaluate import Scores
-from easgd_local.prepare import Prepared
+from easgd_local.center import Center
+from easgd_local.visitor import Plan, Start
+
+
+class Settings(Protocol):
+    """What a run asks of its configuration."""
+
+    @property
+    def keep(self) -> int: ...
+    @property
+    def on_failure(self) -> str: ...
+    @property
+    def tensorboard(self) -> bool: ...
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class Ready(Protocol):
+    """What a run starts from, whoever wrote the training loop.
+
+    `starts` says by rank where each worker takes up, `t` and `seconds` what a resumed run has behind it.
+    """
+
+    starts: dict[int, Start]
+    t: int
+    seconds: float
+    warnings: list[str]
+
+    @property
+    def config(self) -> Settings: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def center(self) -> Center: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def data(self) -> str | None: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def own_vectors(self) -> tuple[str, ...]:
+        """Names of the vectors of n floats at each worker."""
 
 
 class Clock:
@@ -65,7 +105,7 @@ class Tally:
 
 
 def summarize(
-    prepared: Prepared, tallies: Sequence[Tally], scores: Scores | None, *, seconds: float, **known: Any
+    prepared: Ready, tallies: Sequence[Tally], scores: dict[str, float], *, seconds: float, **known: Any
 ) -> dict[str, Any]:
     """The content of summary.json. Rates are over the seconds of this launch; a resumed run has earlier ones too."""
     plan, spent = prepared.plan, seconds - prepared.seconds
@@ -73,11 +113,11 @@ def summarize(
     for report in reports:
         del report["predecessors"]
     samples = sum(tally.samples for tally in tallies)
-    unscored = dict.fromkeys(("train_loss", "test_loss", "test_error"))
+    unscored: dict[str, float | None] = dict.fromkeys(("train_loss", "test_loss", "test_error"))
     return {
         "rule": plan.rule.name,
-        "model": plan.model,
-        "data": prepared.config.data,
+        "model": prepared.model,
+        "data": prepared.data,
         "workers": plan.layout.workers,
         "steps": max(tally.steps for tally in tallies),
         "exchanges": sum(tally.exchanges for tally in tallies),
@@ -86,22 +126,22 @@ def summarize(
         "samples_per_s": samples / spent if spent else None,
         "wait_s": sum(tally.wait_s for tally in tallies),
         "exchange_s": sum(tally.exchange_s for tally in tallies),
-        **(asdict(scores) if scores else unscored),
+        **(unscored | scores),
         "center_sha256": prepared.center.sha256(),
-        "parameters": prepared.flat.parameters,
+        "parameters": prepared.parameters,
         "vectors": _sizes(prepared),
         "worker_reports": reports,
         **known,
     }
 
 
-def is_finite(prepared: Prepared) -> bool:
+def is_finite(prepared: Ready) -> bool:
     """Whether the center holds nothing but finite numbers."""
     return bool(np.isfinite(prepared.center.vectors["c"]).all())
 
 
-def _sizes(prepared: Prepared) -> dict[str, dict[str, int]]:
+def _sizes(prepared: Ready) -> dict[str, dict[str, int]]:
     """Name -> bytes of the vectors at the center and at each worker."""
     plan, size_bytes = prepared.plan, 4 * prepared.plan.layout.n
-    own = ("x", "g", *plan.rule.local, *plan.rule.scratch)
-    return {"shared": dict.fromkeys(plan.layout.shared, size_bytes), "local": dict.fromkeys(own, size_bytes)}
+    own = dict.fromkeys(prepared.own_vectors, size_bytes)
+    return {"shared": dict.fromkeys(plan.layout.shared, size_bytes), "local": own}

@@ -15,7 +15,7 @@ import pytest
 from easgd_local.config import Config
 from easgd_local.launcher import warm_up
 from easgd_local.rules.eamsgd import EAMSGD
-from easgd_local.run import train
+from easgd_local.training import train
 
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 

@@ -15,7 +15,7 @@ from easgd_local.learning_rate import LearningRate
 from easgd_local.rules import rule_class
 from easgd_local.rules.base import Rule
 from easgd_local.schedules import Calendar
-from easgd_local.worker import Plan, Worker
+from easgd_local.worker import TrainingPlan, Worker
 from tests.threads import LAYERS, noisy_quadratic, plan_of
 
 IMAGES = {"all": b"the pretended driver has every kernel"}
@@ -48,7 +48,7 @@ class DeviceGradients:
     def close(self) -> None: ...
 
 
-def plan_for(rule: dict[str, Any], workers: int, steps: int, n: int, evaluate_every: int) -> Plan:
+def plan_for(rule: dict[str, Any], workers: int, steps: int, n: int, evaluate_every: int) -> TrainingPlan:
     made: Rule = rule_class(rule["name"])(**{name: value for name, value in rule.items() if name != "name"})
     rate = LearningRate("constant", made.lr, steps)
     plan = plan_of(made, workers, steps, n=n, block_bytes=64, turns="strict", rate=rate)

@@ -100,7 +100,7 @@ def accepted(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
             raise Reached
 
         with monkeypatch.context() as patch:
-            patch.setattr("easgd_local.run.Run.__init__", start)
+            patch.setattr("easgd_local.training.Training.__init__", start)
             with pytest.raises(Reached):
                 cli.main(arguments)
         return found
@@ -471,7 +471,7 @@ def test_a_run_holds_its_folder_while_it_lasts(here: Path, monkeypatch: pytest.M
         finally:
             os.close(fd)
 
-    monkeypatch.setattr("easgd_local.run.Run.__init__", look)
+    monkeypatch.setattr("easgd_local.training.Training.__init__", look)
     with pytest.raises(Reached):
         cli.main(["train", "sgd", "--out", "new"])
 
@@ -537,7 +537,7 @@ def test_no_flipped_bit_of_the_configuration_crashes(
     def start(self: Any, prepared: Any, listeners: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr("easgd_local.run.Run.__init__", start)
+    monkeypatch.setattr("easgd_local.training.Training.__init__", start)
     whole, rng = (old / "config.json").read_bytes(), random.Random(0)
     places = rng.sample(range(whole.index(b'"versions"')), 40)  # what comes after is not read
     for place in places:

@@ -295,7 +295,7 @@ STUCK = """
 from easgd_local.config import Config
 from easgd_local.faults import Fault
 from easgd_local.rules.easgd import EASGD
-from easgd_local.run import train
+from easgd_local.training import train
 train(Config(rule=EASGD(tau=1), workers=3, out={out!r}, faults=(Fault("pace", 0, t=20, seconds=1000.0),)))
 """
 

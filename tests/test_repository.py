@@ -24,14 +24,16 @@ PACKAGE = ROOT / "easgd_local"
 LAYERS = (
     ("easgd_local", "__main__"),  # the package itself only says, when asked, where its names live
     ("cli",),
+    ("training",),
+    ("prepare",),
     ("run",),
     ("summary",),
-    ("prepare",),
     ("runfolder",),
     ("config",),
     ("launcher", "preload", "referee"),
     ("evaluate",),
     ("worker",),
+    ("visitor",),
     ("devices", "doctor"),
     ("gradient", "stream_turns"),
     ("metrics", "view", "report", "curves", "wording", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),

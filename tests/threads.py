@@ -14,7 +14,7 @@ from easgd_local.learning_rate import LearningRate
 from easgd_local.partition import partition
 from easgd_local.rules.base import Rule
 from easgd_local.schedules import Calendar
-from easgd_local.worker import Plan, Worker
+from easgd_local.worker import TrainingPlan, Worker
 from tests import paper
 
 N, BUFFERS = 75, 5  # coordinates, of which the last few are buffers where a test wants some
@@ -73,9 +73,11 @@ def starting_point(n: int = N) -> np.ndarray:
     return np.random.default_rng(7).standard_normal(n).astype(np.float32)
 
 
-def plan_of(rule: Rule, workers: int, steps: int, *, n: int, block_bytes: int, turns: str, rate: LearningRate) -> Plan:
+def plan_of(
+    rule: Rule, workers: int, steps: int, *, n: int, block_bytes: int, turns: str, rate: LearningRate
+) -> TrainingPlan:
     allotted = tuple(f"{name}{i}" for name in rule.allotted for i in range(workers))
-    return Plan(
+    return TrainingPlan(
         rule=rule, learning_rate=rate, calendar=Calendar(rule.period, steps),
         layout=Layout(workers, n, ("c", *rule.shared, *allotted), block_bytes), model="", shape=(1, 1, 1), classes=1,
         batch_size=1, sampling="shard", seed=0, weight_decay=0.0, turns=turns, precision="fp32", buffers="average",

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from easgd_local.backend.cpu import CpuOps, Vector
 
 
-class WorkerView(Protocol):
-    """What a rule may touch of its worker. Vectors have n floats; blocks are slices of them."""
+class ExchangeView(Protocol):
+    """What a rule may touch of its worker in an exchange. Vectors have n floats; blocks are slices of them."""
 
     @property
     def rank(self) -> int:
@@ -28,20 +28,12 @@ class WorkerView(Protocol):
         """The worker's own clock."""
 
     @property
-    def lr(self) -> float:
-        """η at the present t."""
-
-    @property
     def update(self) -> int:
         """In a pass of the loop over `turns`: the number, from 1, of this update of the block by anybody."""
 
     @property
     def opens(self) -> bool:
         """In a pass of the loop over `turns`: whether this is the first visit to the block in this round."""
-
-    @property
-    def own(self) -> slice:
-        """The coordinates that this worker alone writes, for rules that divide the model (PASSM)."""
 
     @property
     def ops(self) -> CpuOps:
@@ -53,6 +45,21 @@ class WorkerView(Protocol):
     def read(self) -> Iterator[slice]:
         """The blocks, to be read only: for synchronous rules, between two rounds."""
 
+    def __getattr__(self, name: str) -> Vector:
+        """A vector by its letter: x, c, and those that the rule declares."""
+
+
+class WorkerView(ExchangeView, Protocol):
+    """What a rule may touch of its worker: in a whole step."""
+
+    @property
+    def lr(self) -> float:
+        """η at the present t."""
+
+    @property
+    def own(self) -> slice:
+        """The coordinates that this worker alone writes, for rules that divide the model (PASSM)."""
+
     def grad(self, at: Vector | None = None, only: slice | None = None) -> Vector:
         """g, the stochastic gradient of loss + (λ/2)‖·‖² at `at` (default x); read-only, valid until the next call.
 
@@ -61,9 +68,6 @@ class WorkerView(Protocol):
 
     def optimize(self, g: Vector) -> None:
         """One step of the rule's local torch optimizer from x with g, at the present η."""
-
-    def __getattr__(self, name: str) -> Vector:
-        """A vector by its letter: x, c, and those that the rule declares."""
 
 
 def hyperparameter(default: Any, help: str) -> Any:
@@ -88,6 +92,11 @@ class Rule:
     orders: ClassVar[tuple[str, ...]] = ("strict", "free")  # the orders of turns it is defined for, the default first
     sequential: ClassVar[bool] = False  # whether it is defined for one worker only
     divides: ClassVar[bool] = False  # whether each worker owns some layers of the model
+
+    # For rules that can be laid over somebody else's optimizer, whose steps then take the place of the rule's own:
+    replaces: ClassVar[bool] = False  # whether an exchange replaces x, so that g is taken after it
+    over_local: ClassVar[tuple[str, ...]] = ()  # the vectors that `meet` keeps: copies of x at the start
+    over_scratch: ClassVar[tuple[str, ...]] = ()  # and those that it only uses
 
     lr: float = hyperparameter(0.2, "step size η")  # the defaults of all rules were found by bench/tune.py
 
@@ -125,10 +134,19 @@ class Rule:
         """One iteration of the algorithm, at clock w.t; the worker advances the clock afterwards."""
         raise NotImplementedError
 
+    @property
+    def attachable(self) -> bool:
+        """Whether `meet` is all that the rule adds to the steps of an optimizer."""
+        return False
+
+    def meet(self, w: ExchangeView) -> Vector | None:
+        """The exchange, if it is due at clock w.t; returns d, still to be subtracted from x, or None."""
+        raise NotImplementedError
+
     def begin(self, w: WorkerView) -> None:
         """Sets the local vectors of a worker that takes up, or is reloaded, from the center: x = c, the others zero."""
 
-    def close(self, w: WorkerView, b: slice) -> None:
+    def close(self, w: ExchangeView, b: slice) -> None:
         """Ends a round for block b, after the last worker's visit; by that worker, or by the launcher in its place."""
 
     def warnings(self, workers: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from easgd_local.rules.base import WorkerView, hyperparameter
+from easgd_local.rules.base import ExchangeView, WorkerView, hyperparameter
 from easgd_local.rules.local import INNER_HELP, Local
 
 
@@ -25,6 +25,7 @@ class DiLoCo(Local):
 
     name: ClassVar[str] = "diloco"
     shared: ClassVar[tuple[str, ...]] = ("u", "s")
+    replaces: ClassVar[bool] = True
 
     inner: str = hyperparameter("adamw", INNER_HELP)
     outer_lr: float = hyperparameter(0.7, "diloco: step size η_o of the center")
@@ -38,18 +39,23 @@ class DiLoCo(Local):
             raise ValueError(f"outer_momentum={self.outer_momentum}: μ must be at least 0 and below 1; try 0.9.")
 
     def step(self, w: WorkerView) -> None:
-        if self.due(w.t):
-            for b in w.read():
-                w.ops.difference(w.d[b], w.x[b], w.c[b], 1 / w.workers)  # d <- (x - c)/p
-            for b in w.turns():
-                if w.opens:
-                    w.ops.fill(w.s[b], 0.0)
-                w.ops.add(w.s[b], w.d[b])  # s <- s + d
-            for b in w.read():
-                w.ops.copy(w.x[b], w.c[b])  # x <- c
+        self.meet(w)
         self.move(w)
 
-    def close(self, w: WorkerView, b: slice) -> None:
+    def meet(self, w: ExchangeView) -> None:
+        """Every τ steps: s <- Σ (x^i - c)/p, which `close` moves the center with, and x^i <- c."""
+        if not self.due(w.t):
+            return
+        for b in w.read():
+            w.ops.difference(w.d[b], w.x[b], w.c[b], 1 / w.workers)  # d <- (x - c)/p
+        for b in w.turns():
+            if w.opens:
+                w.ops.fill(w.s[b], 0.0)
+            w.ops.add(w.s[b], w.d[b])  # s <- s + d
+        for b in w.read():
+            w.ops.copy(w.x[b], w.c[b])  # x <- c
+
+    def close(self, w: ExchangeView, b: slice) -> None:
         w.ops.nesterov_ball(
             w.c[b], w.u[b], w.s[b], -self.outer_lr, self.outer_momentum
         )  # u <- μu + s;  c <- c + η_o(s + μu)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from easgd_local.rules.base import Rule, WorkerView, check_average, check_period, hyperparameter
+from easgd_local.rules.base import ExchangeView, Rule, WorkerView, check_average, check_period, hyperparameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class Downpour(Rule):
     name: ClassVar[str] = "downpour"
     orders: ClassVar[tuple[str, ...]] = ("strict", "free", "none")
     local = ("v",)
+    replaces: ClassVar[bool] = True
+    over_local: ClassVar[tuple[str, ...]] = ("y",)
+    over_scratch: ClassVar[tuple[str, ...]] = ("v",)
 
     lr: float = hyperparameter(0.1, "step size η")
     tau: int = hyperparameter(1, "communication period τ, in steps of the worker's clock")
@@ -36,14 +39,31 @@ class Downpour(Rule):
     def period(self) -> int:
         return self.tau
 
+    @property
+    def attachable(self) -> bool:
+        return True
+
     def step(self, w: WorkerView) -> None:
-        if w.t % self.tau == 0:
+        if self.due(w.t):
             for b in w.turns():
                 self.exchange(w, b)
         g = w.grad()
         w.ops.accumulate(w.x, w.v, g, w.lr)  # x <- x - ηg;  v <- v - ηg
 
-    def exchange(self, w: WorkerView, b: slice) -> None:
+    def due(self, t: int) -> bool:
+        """Whether τ divides t."""
+        return t % self.tau == 0
+
+    def meet(self, w: ExchangeView) -> None:
+        """Every τ steps: the exchange, with v, the sum of the steps, as x less y, what x was after the last one."""
+        if not self.due(w.t):
+            return
+        for b in w.turns():
+            w.ops.difference(w.v[b], w.x[b], w.y[b], 1.0)  # v <- x - y
+            self.exchange(w, b)
+            w.ops.copy(w.y[b], w.x[b])  # y <- x
+
+    def exchange(self, w: ExchangeView, b: slice) -> None:
         """The visit of block b."""
         w.ops.push(w.c[b], w.x[b], w.v[b])  # c <- c + v;  x <- c;  v <- 0
 
@@ -67,7 +87,7 @@ class ADownpour(Downpour):
     copies: ClassVar[tuple[str, ...]] = ("z",)
     reported: ClassVar[str] = "z"
 
-    def exchange(self, w: WorkerView, b: slice) -> None:
+    def exchange(self, w: ExchangeView, b: slice) -> None:
         super().exchange(w, b)
         w.ops.average(w.z[b], w.c[b], self.rate(w.update))  # z <- (1 - a)z + ac
 

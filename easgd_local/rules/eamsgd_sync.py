@@ -34,13 +34,7 @@ class EAMSGDSync(Synchronous):
         check_momentum(self.momentum)
 
     def step(self, w: WorkerView) -> None:
-        d = None
-        if self.due(w.t):
-            alpha, d = self.moving_rate(w.workers), w.d
-            for b in w.read():
-                w.ops.difference(w.d[b], w.x[b], w.c[b], alpha)  # d <- α(x - c)
-            for b in w.turns():
-                w.ops.add(w.c[b], w.d[b])  # c <- c + d
+        d = self.meet(w)  # every τ steps: d <- α(x - c);  c <- c + Σ d
         w.ops.lookahead(w.y, w.x, w.v, self.momentum)  # y <- x + δv, at the x before the pull
         g = w.grad(at=w.y)
         w.ops.nesterov(w.x, w.v, g, w.lr, self.momentum, d)  # v <- δv - ηg;  x <- x - d + v

@@ -26,10 +26,6 @@ class EASGD(Elastic):
     scratch = ("d",)
 
     def step(self, w: WorkerView) -> None:
-        d = None
-        if self.due(w.t):
-            alpha, d = self.moving_rate(w.workers), w.d
-            for b in w.turns():
-                w.ops.pull(w.x[b], w.c[b], w.d[b], alpha)  # d <- α(x - c);  c <- c + d
+        d = self.meet(w)  # every τ steps: d <- α(x - c);  c <- c + d
         g = w.grad()  # at the x before the pull
         w.ops.descend(w.x, g, w.lr, d)  # x <- x - d - ηg

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from easgd_local.rules.base import WorkerView, hyperparameter
+from easgd_local.rules.base import ExchangeView, WorkerView, hyperparameter
 from easgd_local.rules.elastic import Elastic
+
+if TYPE_CHECKING:
+    from easgd_local.backend.cpu import Vector
 
 FIRST = ("center", "worker")
 
@@ -60,20 +63,26 @@ class EASGDGaussSeidel(Elastic):
             f"oscillation; lower alpha or lr."
         ]
 
-    def step(self, w: WorkerView) -> None:
-        if not self.due(w.t):
-            w.ops.descend(w.x, w.grad(), w.lr)  # x <- x - ηg
-        elif self.first == "center":
-            self._center_first(w)
-        else:
-            self._worker_first(w)
+    @property
+    def attachable(self) -> bool:
+        return self.first == "center"  # the other form needs g in the exchange
 
-    def _center_first(self, w: WorkerView) -> None:
+    def step(self, w: WorkerView) -> None:
+        if self.first == "worker" and self.due(w.t):
+            self._worker_first(w)
+            return
+        d = self.meet(w)  # every τ steps: c <- c + α(x - c);  d <- α(x - c), with the new c
+        g = w.grad()  # at the x before the pull
+        w.ops.descend(w.x, g, w.lr, d)  # x <- x - d - ηg
+
+    def meet(self, w: ExchangeView) -> Vector | None:
+        """The form with the center first, every τ steps: c <- c + α(x - c), d <- α(x - c) with the new c."""
+        if not self.due(w.t):
+            return None
         alpha = self.moving_rate(w.workers)
         for b in w.turns():
             w.ops.pull_center_first(w.x[b], w.c[b], w.d[b], alpha)  # c <- c + α(x - c);  d <- α(x - c)
-        g = w.grad()  # at the x before the pull
-        w.ops.descend(w.x, g, w.lr, w.d)  # x <- x - d - ηg
+        return w.d
 
     def _worker_first(self, w: WorkerView) -> None:
         alpha, g = self.moving_rate(w.workers), w.grad()

@@ -27,12 +27,6 @@ class EASGDSync(Synchronous):
     scratch = ("d",)
 
     def step(self, w: WorkerView) -> None:
-        d = None
-        if self.due(w.t):
-            alpha, d = self.moving_rate(w.workers), w.d
-            for b in w.read():
-                w.ops.difference(w.d[b], w.x[b], w.c[b], alpha)  # d <- α(x - c)
-            for b in w.turns():
-                w.ops.add(w.c[b], w.d[b])  # c <- c + d
+        d = self.meet(w)  # every τ steps: d <- α(x - c);  c <- c + Σ d
         g = w.grad()  # at the x before the pull
         w.ops.descend(w.x, g, w.lr, d)  # x <- x - d - ηg

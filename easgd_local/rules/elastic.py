@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from easgd_local.rules.base import Rule, check_period, hyperparameter
+from easgd_local.rules.base import ExchangeView, Rule, check_period, hyperparameter
+
+if TYPE_CHECKING:
+    from easgd_local.backend.cpu import Vector
 
 BETA = 0.9  # the paper's experiments
 PER = ("exchange", "step")
@@ -20,6 +23,7 @@ class Elastic(Rule):
     """
 
     orders: ClassVar[tuple[str, ...]] = ("strict", "free", "none")
+    over_scratch: ClassVar[tuple[str, ...]] = ("d",)
     bound: ClassVar[str] = "(4 - 2ηh)/(4 - ηh)"  # of α, for the round robin: Zhang et al. 2015, section 4
 
     tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
@@ -55,9 +59,22 @@ class Elastic(Rule):
     def period(self) -> int:
         return self.tau
 
+    @property
+    def attachable(self) -> bool:
+        return True
+
     def due(self, t: int) -> bool:
         """Whether τ divides t."""
         return t % self.tau == 0
+
+    def meet(self, w: ExchangeView) -> Vector | None:
+        """Every τ steps: d <- α(x - c), c <- c + d."""
+        if not self.due(w.t):
+            return None
+        alpha = self.moving_rate(w.workers)
+        for b in w.turns():
+            w.ops.pull(w.x[b], w.c[b], w.d[b], alpha)  # d <- α(x - c);  c <- c + d
+        return w.d
 
     def moving_rate(self, workers: int) -> float:
         """α with p workers; `ValueError` where β or ρ would put it outside [0, 1]."""
@@ -98,6 +115,17 @@ class Synchronous(Elastic):
 
     orders: ClassVar[tuple[str, ...]] = ("together",)
     bound: ClassVar[str] = "2(2 - ηh)/(2 + p(2 - ηh))"  # of α, when all differences are stale
+
+    def meet(self, w: ExchangeView) -> Vector | None:
+        """Every τ steps: d <- α(x - c) with the old c, c <- c + Σ d."""
+        if not self.due(w.t):
+            return None
+        alpha = self.moving_rate(w.workers)
+        for b in w.read():
+            w.ops.difference(w.d[b], w.x[b], w.c[b], alpha)  # d <- α(x - c)
+        for b in w.turns():
+            w.ops.add(w.c[b], w.d[b])  # c <- c + d
+        return w.d
 
     def alpha_limit(self, workers: int) -> float:
         """The largest stable α with p workers at curvature h = 1: the value of `bound`."""

@@ -24,6 +24,7 @@ class Local(Rule):
     """A local optimizer, and a rendezvous every τ steps."""
 
     orders: ClassVar[tuple[str, ...]] = ("together",)
+    over_scratch: ClassVar[tuple[str, ...]] = ("d",)
 
     lr: float = hyperparameter(None, "step size η")
     tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
@@ -63,6 +64,10 @@ class Local(Rule):
     @property
     def period(self) -> int:
         return self.tau
+
+    @property
+    def attachable(self) -> bool:
+        return True
 
     def due(self, t: int) -> bool:
         """Whether τ divides t."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from easgd_local.rules.base import WorkerView
+from easgd_local.rules.base import ExchangeView, WorkerView
 from easgd_local.rules.local import Local
 
 
@@ -23,12 +23,19 @@ class LocalSGD(Local):
 
     name: ClassVar[str] = "localsgd"
 
+    replaces: ClassVar[bool] = True
+
     def step(self, w: WorkerView) -> None:
-        if self.due(w.t):
-            for b in w.read():
-                w.ops.difference(w.d[b], w.x[b], w.c[b], 1 / w.workers)  # d <- (x - c)/p
-            for b in w.turns():
-                w.ops.add(w.c[b], w.d[b])  # c <- c + d
-            for b in w.read():
-                w.ops.copy(w.x[b], w.c[b])  # x <- c
+        self.meet(w)
         self.move(w)
+
+    def meet(self, w: ExchangeView) -> None:
+        """Every τ steps: c <- c + Σ (x^i - c)/p, x^i <- c."""
+        if not self.due(w.t):
+            return
+        for b in w.read():
+            w.ops.difference(w.d[b], w.x[b], w.c[b], 1 / w.workers)  # d <- (x - c)/p
+        for b in w.turns():
+            w.ops.add(w.c[b], w.d[b])  # c <- c + d
+        for b in w.read():
+            w.ops.copy(w.x[b], w.c[b])  # x <- c

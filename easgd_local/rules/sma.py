@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from easgd_local.rules.base import WorkerView, hyperparameter
+from easgd_local.rules.base import ExchangeView, WorkerView, hyperparameter
 from easgd_local.rules.local import Local
+
+if TYPE_CHECKING:
+    from easgd_local.backend.cpu import Vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +39,22 @@ class SMA(Local):
             raise ValueError(f"center_momentum={self.center_momentum}: μ must be at least 0 and below 1; try 0.9.")
 
     def step(self, w: WorkerView) -> None:
-        due = self.due(w.t)
-        if due:
-            for b in w.read():
-                w.ops.difference(w.d[b], w.x[b], w.c[b], 1 / w.workers)  # d <- α(x - c)
-            for b in w.turns():
-                if w.opens:
-                    w.ops.fill(w.s[b], 0.0)
-                w.ops.add(w.s[b], w.d[b])  # s <- s + d
+        d = self.meet(w)
         self.move(w)  # with g at the x before the pull
-        if due:
-            w.ops.subtract(w.x, w.d)  # x <- x - d
+        if d is not None:
+            w.ops.subtract(w.x, d)  # x <- x - d
 
-    def close(self, w: WorkerView, b: slice) -> None:
+    def meet(self, w: ExchangeView) -> Vector | None:
+        """Every τ steps: d <- α(x - c) with the old c, s <- Σ d, which `close` moves the center with."""
+        if not self.due(w.t):
+            return None
+        for b in w.read():
+            w.ops.difference(w.d[b], w.x[b], w.c[b], 1 / w.workers)  # d <- α(x - c)
+        for b in w.turns():
+            if w.opens:
+                w.ops.fill(w.s[b], 0.0)
+            w.ops.add(w.s[b], w.d[b])  # s <- s + d
+        return w.d
+
+    def close(self, w: ExchangeView, b: slice) -> None:
         w.ops.heavy_ball(w.c[b], w.u[b], w.s[b], -1.0, self.center_momentum)  # u <- μu + s;  c <- c + u

@@ -1,0 +1,95 @@
+"""A run of the built-in training loop: built-in data and models, the center evaluated by a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from easgd_local import evaluate, worker
+from easgd_local.config import Config
+from easgd_local.launcher import Child, Launcher, warm_up
+from easgd_local.metrics import Listener
+from easgd_local.prepare import Prepared, prepare
+from easgd_local.run import Run
+from easgd_local.visitor import Start
+
+
+def train(config: Config, *, resume: str | Path | None = None, listeners: Sequence[Listener] = ()) -> dict[str, Any]:
+    """Trains as the command line does; returns what summary.json holds, and the run folder under "folder".
+
+    `resume` names the folder of a run to continue. `listeners` are called with every event of metrics.jsonl.
+    Raises `ValueError` or `MemoryError` for a configuration that cannot work, before anything is started.
+    """
+    if not isinstance(config, Config):
+        raise ValueError(f"config={config!r}: must be a configuration; write easgd.train(easgd.Config(rule=...)).")
+    warm_up()
+    with prepare(config, None if resume is None else Path(resume)) as prepared:
+        return Training(prepared, listeners).execute()
+
+
+class Training(Run):
+    """The course of a run of the built-in loop; `execute` is called once."""
+
+    _prepared: Prepared
+
+    def __init__(self, prepared: Prepared, listeners: Sequence[Listener] = ()) -> None:
+        super().__init__(prepared, listeners)
+        self._evaluating: Child | None = None
+
+    def _processes(self) -> contextlib.AbstractContextManager[Launcher]:
+        return Launcher(self._folder / "logs")
+
+    def _described(self) -> dict[str, Any]:
+        config = self._prepared.config
+        return {"model": config.model, "data": config.data, "steps": self._calendar.steps}
+
+    def _start_worker(self, rank: int, start: Start) -> None:
+        plan = self._prepared.plan
+        plan = replace(plan, faults=()) if start.joins else plan  # a fault strikes once
+        arguments = (rank, plan, self._prepared.description, start)
+        self._workers[rank] = self._launcher.start(f"worker-{rank}", worker.main, self._prepared.fds, arguments, rank)
+
+    @property
+    def _evaluator(self) -> Child | None:
+        return self._evaluating
+
+    def _start_evaluator(self) -> None:
+        arguments = (self._prepared.plan, self._prepared.description)
+        self._evaluating = self._launcher.start("evaluator", evaluate.main, self._prepared.fds, arguments)
+
+    def _end_evaluation(self) -> None:
+        if self._evaluating:
+            self._launcher.kill(self._evaluating)
+
+    def _evaluator_exited(self, cause: str | None) -> None:
+        self._evaluating = None
+        self._snapshot_taken()
+        self._asked = self._due = None
+        if cause and self._stop_t < 0:
+            self._warn(
+                f"the evaluator died ({cause}): no evaluation from here on; see {self._folder}/logs/evaluator.log."
+            )
+
+    def _finish(self) -> None:
+        self._clock.stop()
+        self._center.take_whole_snapshot()
+        self._save_stopped()
+        steps = self._calendar.steps
+        if self._stop_t < 0 and self._finished() and self._calendar.checkpoint_every:
+            self._assembly.add_center(steps, self._center.state())
+        self._finish_checkpoints()
+        if self._finished():
+            self._evaluate_now(self._calendar.rounds_before(steps) - 1, steps)
+
+    def _center_state(self) -> dict[str, Tensor]:
+        flat, vectors = self._prepared.flat, self._center.vectors
+        c = vectors[self._plan.rule.reported].copy()
+        c[flat.buffers] = vectors["c"][flat.buffers]
+        if self._plan.buffers == "recalibrate" and self._buffers is not None:
+            c[flat.buffers] = self._buffers
+        return flat.state_dict(c)

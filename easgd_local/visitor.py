@@ -1,0 +1,259 @@
+"""A worker as it visits the center: its vectors, the exchange, and the moment between two steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from easgd_local import checkpoint, faults
+from easgd_local.backend.cpu import Vector
+from easgd_local.center import Center, Layout
+from easgd_local.devices import OnCpu, Place
+from easgd_local.partition import overlap
+from easgd_local.rules.base import Rule
+from easgd_local.schedules import Calendar
+from easgd_local.turns import Aborted, TogetherTurns
+
+REPORT_S = 2.0  # a slow worker reports at least this often
+
+
+class Stopped(BaseException):
+    """The launcher has asked the workers to stop at this clock; state is saved. No error, so nobody's to catch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the processes of a run must agree on, fully resolved, whoever wrote the training loop."""
+
+    rule: Rule
+    calendar: Calendar
+    layout: Layout
+    turns: str
+    buffers: str
+    threads: int
+    seed: int
+    folder: Path
+    report_every: int
+    faults: tuple[faults.Fault, ...] = ()
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the order of turns has common rounds, so that "the center after round k" is one exact vector."""
+        return self.turns in ("strict", "together")
+
+
+class Visitor:
+    """What every worker has, whoever makes its steps: x, c and other named vectors, the clock t, turns and operations.
+
+    Vectors have n floats; `x` and the local ones (`kept`, and `scratch`, which is never saved) belong to this process,
+    `c` and the shared ones to all. Buffers, the coordinates `buffers`, are the worker's own affair: at each exchange it
+    adds its share to the center's and takes them over, c <- c + (x - c)/p, x <- c, and rules see nothing of it.
+    """
+
+    def __init__(
+        self, rank: int, center: Center, plan: Plan, buffers: slice, post: Callable[..., None], t: int, *,
+        kept: tuple[str, ...], scratch: tuple[str, ...], place: Place | None = None,
+    ) -> None:  # fmt: skip
+        self.rank, self.workers, self.t = rank, plan.layout.workers, t
+        self._place = OnCpu(center, rank, plan.calendar) if place is None else place
+        self._first_t = t  # where it takes up: a checkpoint of this step exists
+        self.ops, self._buffers, self._post = self._place.ops, buffers, post
+        self._center, self._plan, self._rule = center, plan, plan.rule
+        self._exchanged_buffers = self._place.vector(buffers.stop - buffers.start)
+        vector, shared = self._place.vector, self._place.shared
+        self._kept = {name: vector(buffers.stop) for name in ("x", *kept)}
+        self._vectors = self._kept | {name: vector(buffers.stop) for name in scratch} | dict(shared)
+        self._vectors |= {name: shared[f"{name}{rank}"] for name in self._rule.allotted}
+        first_round = plan.calendar.rounds_before(t)
+        self._turns = self._place.turns(
+            plan.turns, self._hold_in_wait, first_round, lambda b: self._rule.close(self, b)
+        )
+        self._reloaded_at, self._saved_label = -1, center.save[0]
+        self._made = self._reported = self._exchanges = 0  # steps made, steps reported, exchanges made
+        self._turns_s, self._losses, self._losses_known = 0.0, 0.0, 0
+        self._reported_at = time.perf_counter()
+
+    def __getattr__(self, name: str) -> Vector:
+        try:
+            return self.__dict__["_vectors"][name]
+        except KeyError:
+            raise AttributeError(f"{name}: the rule {self._rule.name} declares no such vector") from None
+
+    # The exchange
+
+    @property
+    def opens(self) -> bool:
+        """Whether this is the first visit to the block in hand in this round."""
+        return self._turns.opens
+
+    @property
+    def update(self) -> int:
+        """The number, from 1, of the update of the block in hand."""
+        return self._turns.update
+
+    def turns(self) -> Iterator[slice]:
+        """One exchange with the center, block by block, each held during its pass of the loop."""
+        began, waited = time.perf_counter(), self._turns.wait_s
+        dies = faults.due(self._plan.faults, "kill-in-exchange", self.rank, self.t)
+        for number, block in enumerate(self._turns.visit()):
+            yield overlap(block, slice(0, self._buffers.start))
+            self._exchange_buffers(overlap(block, self._buffers))
+            if dies and number == self._center.layout.blocks // 2:
+                faults.kill()
+        self._exchanges += 1
+        self._turns_s += time.perf_counter() - began - (self._turns.wait_s - waited)
+        if self.ops.nonfinite:
+            self._reload()
+
+    def read(self) -> Iterator[slice]:
+        """The blocks of the center, to be read only, in a rendezvous."""
+        assert isinstance(self._turns, TogetherTurns), "only a rendezvous has a time for reading"
+        for block in self._turns.read():
+            yield overlap(block, slice(0, self._buffers.start))
+
+    def _exchange_buffers(self, b: slice) -> None:
+        d = self._exchanged_buffers[: b.stop - b.start]
+        self.ops.difference(d, self.x[b], self.c[b], 1 / self.workers)
+        self.ops.add(self.c[b], d)  # c <- c + (x - c)/p
+        self.ops.copy(self.x[b], self.c[b])
+
+    # Between two steps
+
+    def _linger(self) -> None:
+        """Until all have finished: if the others are stopped before, this worker's state belongs to the checkpoint."""
+        while not self._center.leave[0]:
+            if self._center.abort[0] or self._center.stop[0]:
+                self._boundary()
+            time.sleep(1e-3)
+
+    def _boundary(self) -> None:
+        """Between two steps: publishes the clock, holds, saves, stops."""
+        center, t, plan = self._center, self.t, self._plan
+        center.clock[self.rank] = t
+        if center.abort[0]:
+            raise Aborted
+        self._hold(t)
+        if faults.due(plan.faults, "kill", self.rank, t):
+            faults.kill()
+        if faults.due(plan.faults, "raise", self.rank, t):
+            raise RuntimeError("injected fault")
+        stop, label = center.stop[0], center.save[0]
+        stops = stop > 0 and t >= stop - 1
+        if self._in_rounds and (stops or (t > self._first_t and plan.calendar.checkpoint_due(t))):
+            self._save(t)
+        elif label != self._saved_label:
+            self._saved_label = label
+            self._save(label - 1)
+        if stops:
+            self._report()
+            raise Stopped
+
+    def _hold_in_wait(self) -> None:
+        self._hold(self.t + 1)  # in the middle of step t the worker can stop at t + 1 at the earliest
+
+    def _hold(self, earliest_stop: int) -> None:
+        """While the launcher's pause word is odd: says so and waits."""
+        center = self._center
+        while (pause := center.pause[0]) & 1:
+            # 1. earliest_stop, 2. held, in this order: who reads held = pause also reads our earliest_stop.
+            center.earliest_stop[self.rank] = earliest_stop
+            center.held[self.rank] = pause
+            while center.pause[0] == pause:
+                if center.abort[0]:
+                    raise Aborted
+                time.sleep(0.5e-3)
+
+    @property
+    def _in_rounds(self) -> bool:
+        return self._plan.in_rounds
+
+    def take_up(self, saved: Path | None) -> None:
+        """The state to start from: a checkpoint's, or the center while nobody moves it yet."""
+        if saved is None:
+            self._place.load(self.x, self._center.vectors["c"])  # x <- c
+            self._begin()
+            return
+        vectors = checkpoint.load_vectors(saved, checkpoint.worker_file(self.rank))
+        for name, value in self._kept.items():
+            self._place.load(value, vectors[name])
+
+    def _begin(self) -> None:
+        """Sets the local vectors, x apart, when x has been set to c."""
+        raise NotImplementedError
+
+    def join(self, t: int) -> None:
+        """Takes the place of a worker that died: spends the exchange of step t on reading the center."""
+        self.t = t
+        if self._in_rounds:
+            self._turns.round = t // self._plan.calendar.tau
+        self._turns.counts = False  # it brings nothing
+        for block in self._turns.visit():
+            self.ops.copy(self.x[block], self.c[block])  # x <- c, buffers too
+        if isinstance(self._turns, TogetherTurns):
+            for block in self._turns.read():
+                self.ops.copy(self.x[block], self.c[block])  # x <- c, as it is after the round
+        self._turns.counts = True
+        self._turns.stale = 0  # nobody was stale before it came
+        self._begin()
+        self.t += 1 - self._plan.calendar.ahead
+
+    def _reload(self) -> None:
+        """After an exchange that met non-finite values: the worker goes on from the center, its past forgotten."""
+        for name in self._kept.keys() - {"x"}:
+            self.ops.fill(self._kept[name], 0.0)
+        self._begin()
+        self._post("event", "nonfinite", t=self.t, count=self.ops.nonfinite)
+        self.ops.nonfinite = 0
+        self._reloaded_at = self.t
+
+    def _save(self, label: int) -> None:
+        folder, name = checkpoint.partial_folder(self._plan.folder, label), checkpoint.worker_file(self.rank)
+        kept = {one: self._place.host(value) for one, value in self._kept.items()}
+        digest = checkpoint.save_vectors(folder, name, kept)
+        self._post("saved", label, self.t, name, digest)
+
+    # What it tells
+
+    def _count_step(self, loss: float | None) -> None:
+        """A step is made: the clock moves; now and then the launcher is told."""
+        self._made += 1
+        self.t += 1
+        if loss is not None:
+            self._losses += loss
+            self._losses_known += 1
+        if self.t % self._plan.report_every == 0 or time.perf_counter() - self._reported_at > REPORT_S:
+            self._report()
+
+    @property
+    def samples_per_step(self) -> int | None:
+        """Samples in a step of this worker; None where nobody has said."""
+        return None
+
+    def _report(self) -> None:
+        now, steps = time.perf_counter(), self._made - self._reported
+        if not steps:
+            return
+        samples = self.samples_per_step
+        self._post(
+            "event", "worker", t=self.t, loss=self._losses / self._losses_known if self._losses_known else None,
+            samples=self._made * (samples or 0),
+            samples_per_s=None if samples is None else steps * samples / (now - self._reported_at),
+            wait_s=self._turns.wait_s, exchange_s=self._turns_s, exchanges=self._exchanges,
+            waited_for_s=self._turns.waited_for_s,
+            staleness=None if self._plan.turns == "none" else self._turns.stale,
+        )  # fmt: skip
+        self._losses, self._losses_known, self._reported, self._reported_at = 0.0, 0, self._made, now
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a worker takes up: at clock t, from `saved` (a checkpoint's folder) or from the center.
+
+    One that `joins` a run under way, in place of a worker that died, is told its clock when it is ready.
+    """
+
+    t: int = 0
+    saved: Path | None = None
+    joins: bool = False
