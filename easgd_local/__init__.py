@@ -16,6 +16,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "config",
     "train": "training",
+    "launch": "launching",
+    "join": "joining",
+    "LoopWorker": "loop",
+    "CenterState": "centers",
+    "load_center": "centers",
+    "recalibrate": "calibrate",
     "Rule": "rules.base",
     "EASGD": "rules.easgd",
     "EAMSGD": "rules.eamsgd",

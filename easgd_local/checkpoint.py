@@ -1,6 +1,7 @@
 """Checkpoints: atomic directories from which a run goes on to the same bits.
 
     checkpoints/step-00000120/worker-0.safetensors    x and the rule's local vectors of worker 0, and its clock
+                              worker-0.pt             instead, where the training loop is the user's: its whole state
                               center.safetensors      c and the rule's other shared vectors
                               manifest.json           written last: what belongs together, and the digest of each file
 
@@ -49,15 +50,20 @@ def partial_folder(run: Path, t: int) -> Path:
     return run / "checkpoints" / f".step-{t:08d}.partial"
 
 
-def worker_file(rank: int) -> str:
+def worker_file(rank: int, kind: str = "safetensors") -> str:
     """Name of worker `rank`'s file in a checkpoint."""
-    return f"worker-{rank}.safetensors"
+    return f"worker-{rank}.{kind}"
 
 
 def save_vectors(folder: Path, name: str, vectors: Vectors) -> str:
     """Writes named vectors to `folder/name`, on the disk when this returns; returns the file's SHA-256."""
+    return save_bytes(folder, name, save(dict(vectors)))
+
+
+def save_bytes(folder: Path, name: str, content: bytes | memoryview) -> str:
+    """Writes `folder/name`, on the disk when this returns; returns the file's SHA-256."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(save(dict(vectors)))  # a full disk is an OSError here, as everywhere
+    (folder / name).write_bytes(content)  # a full disk is an OSError here, as everywhere
     return _sync_and_digest(folder / name)
 
 
@@ -130,6 +136,17 @@ def steps(run: Path) -> list[Path]:
     return sorted((path for path in found if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
 
 
+def newest(run: Path) -> tuple[Path, Manifest]:
+    """The last complete checkpoint of a run, verified; `ValueError` when there is none."""
+    complete = steps(run)
+    if not complete:
+        raise ValueError(
+            f"resume={run}: this run has no checkpoint (an interrupted run writes one); start it again, and give "
+            f"--checkpoint-every to have some."
+        )
+    return complete[-1], read(complete[-1])
+
+
 def discard_partial(run: Path) -> None:
     """Removes what an interrupted process had not completed."""
     for folder in (run / "checkpoints").glob(".step-*.partial"):
@@ -167,7 +184,8 @@ def _verify(folder: Path, name: str, digest: str) -> None:
             f"{_remedy(folder)}"
         )
     try:
-        load_file(path)
+        if path.suffix == ".safetensors":
+            load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error}); {_remedy(folder)}") from error
 

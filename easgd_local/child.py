@@ -17,6 +17,13 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
+inside = False  # whether this process is a child of a launcher
+
+
+class Refusal(ValueError):
+    """A user's mistake that ends the whole run, whichever worker notices it: one sentence of what, value, rule, remedy.
+    """
+
 
 def enter(main: Callable[..., None], conn: Connection, log: Path, handles: int, args: tuple[Any, ...]) -> None:
     """Runs `main(conn, fds, *args)` as a good child: its own process group, killed when the launcher dies, its output
@@ -25,6 +32,8 @@ def enter(main: Callable[..., None], conn: Connection, log: Path, handles: int, 
     `handles` file descriptors are received from the launcher first; the child starts work only with them in hand, so
     the launcher is sure to watch it by then.
     """
+    global inside
+    inside = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setpgid(0, 0)
@@ -36,8 +45,15 @@ def enter(main: Callable[..., None], conn: Connection, log: Path, handles: int, 
         sys.exit(1)  # the launcher is gone
     except Exception as error:
         traceback.print_exc()
-        conn.send(("failed", f"{type(error).__name__}: {error}"))
+        conn.send(failure(error))
         sys.exit(1)
+
+
+def failure(error: Exception) -> tuple[str, str, str, bool]:
+    """What a child says of the exception that ends it: in a sentence, in full, and whether it is a refusal."""
+    refused = isinstance(error, Refusal)
+    text = str(error) if refused else f"{type(error).__name__}: {error}"
+    return "failed", text, "".join(traceback.format_exception(error)), refused
 
 
 def _die_with_parent() -> None:

@@ -97,7 +97,7 @@ class Config:
         if self.turns is None:
             object.__setattr__(self, "turns", self.rule.orders[0])
         self._check_counts()
-        self._check_choices()
+        check_choices(self)
         self._check_schedule()
         if self.turns not in self.rule.orders:
             rendezvous = ", or use a synchronous rule such as easgd-sync" if self.turns == "together" else ""
@@ -118,24 +118,15 @@ class Config:
         least = {"workers": 1, "steps": 1, "batch_size": 1, "eval_samples": 1, "keep": 1, "threads": 1, "image_size": 8,
                  "block_bytes": 64,
                  "seed": 0, "warmup": 0, "lr_step": 1, "eval_every": 0, "checkpoint_every": 0}  # fmt: skip
-        for name, limit in least.items():
-            value = getattr(self, name)
-            if value is not None and value < limit:
-                raise ValueError(f"{name}={value}: must be at least {limit}; choose a larger value.")
-        if self.workers is not None and self.workers > 64:
-            raise ValueError(f"workers={self.workers}: one machine runs at most 64; start with one per GPU or core.")
+        check_limits(self, least)
         if self.steps is not None and self.steps > MAX_STEPS:
             raise ValueError(f"steps={self.steps}: must be at most 10^12; choose a smaller value.")
-        if self.threads is not None and self.threads > 1024:
-            raise ValueError(f"threads={self.threads}: must be at most 1024; leave it out for cores / workers.")
         for name in ("epochs", "memory_budget"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}: must be positive and finite; leave it out for the default.")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0 and finite; 0 switches it off.")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed={self.seed}: must be below 2^63; choose a smaller one.")
 
     def _check_schedule(self) -> None:
         for name in ("lr_step", "lr_decay"):
@@ -154,12 +145,6 @@ class Config:
         """η as a function of the worker's clock, in a run of `steps` steps."""
         decay = LR_DECAY if self.lr_decay is None else self.lr_decay
         return LearningRate(self.schedule, self.rule.lr, steps, self.warmup, self.lr_step or 1, decay)
-
-    def _check_choices(self) -> None:
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices and value is not None:
-                raise ValueError(f"{name}={value}: must be one of {', '.join(choices)}; choose one of them.")
 
     def to_json(self) -> dict[str, Any]:
         """A mapping that JSON can hold and `from_json` reads back."""
@@ -190,9 +175,34 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return get_args(literal)
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    name: choices for name, hint in get_type_hints(Config).items() if (choices := _choices(hint))
-}
+def choices_of(kind: type) -> dict[str, tuple[str, ...]]:
+    """The fields of a configuration that hold one of some words, and these words."""
+    return {name: choices for name, hint in get_type_hints(kind).items() if (choices := _choices(hint))}
+
+
+CHOICES = choices_of(Config)
+
+
+def check_choices(values: Any) -> None:
+    """`ValueError` unless every such field holds one of its words, or None."""
+    for name, choices in choices_of(type(values)).items():
+        value = getattr(values, name)
+        if value not in choices and value is not None:
+            raise ValueError(f"{name}={value}: must be one of {', '.join(choices)}; choose one of them.")
+
+
+def check_limits(values: Any, least: dict[str, int]) -> None:
+    """`ValueError` unless the fields are at least so large, and those that every run has are not too large."""
+    for name, limit in least.items():
+        value = getattr(values, name)
+        if value is not None and value < limit:
+            raise ValueError(f"{name}={value}: must be at least {limit}; choose a larger value.")
+    if values.workers is not None and values.workers > 64:
+        raise ValueError(f"workers={values.workers}: one machine runs at most 64; start with one per GPU or core.")
+    if values.threads is not None and values.threads > 1024:
+        raise ValueError(f"threads={values.threads}: must be at most 1024; leave it out for cores / workers.")
+    if values.seed >= 2**63:
+        raise ValueError(f"seed={values.seed}: must be below 2^63; choose a smaller one.")
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

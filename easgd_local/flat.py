@@ -95,6 +95,13 @@ class Flat:
         self.parameters = sum(tensor.numel() for _, tensor in trained + frozen)
         self.buffers = slice(_aligned(max(e.stop for e in self.entries if not e.is_buffer)), self.n)
 
+    def of(self, copy: nn.Module) -> Flat:
+        """The same correspondence for a copy of the model."""
+        own = dict(copy.named_parameters()) | dict(copy.named_buffers())
+        twin = object.__new__(Flat)
+        vars(twin).update(vars(self) | {"model": copy, "_tensors": [own[entry.name] for entry in self.entries]})
+        return twin
+
     @property
     def trained(self) -> list[Entry]:
         """The trainable parameters, in the model's order."""

@@ -29,16 +29,14 @@ from easgd_local import child
 DESCENDANTS_S = 2.0  # how long to wait for the killed descendants of a dead child
 
 
-def warm_up() -> None:
-    """Starts the fork server, which imports torch once for all children; returns at once."""
-    _context()
+def warm_up(*further: str) -> None:
+    """Starts the fork server, which imports torch, and these modules, once for all children; returns at once."""
+    mp.get_context("forkserver").set_forkserver_preload(["easgd_local.preload", *further])
     forkserver.ensure_running()
 
 
 def _context() -> ForkServerContext:
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["easgd_local.preload"])
-    return context
+    return mp.get_context("forkserver")
 
 
 @dataclass(eq=False)
@@ -51,7 +49,14 @@ class Child:
     conn: Connection
     pidfd: int
     failure: str | None = None  # what it said before it exited with an exception
+    traceback: str = ""  # and in full
+    refused: bool = False  # whether that was a mistake that ends the whole run
     said: set[str] = field(default_factory=set)  # kinds of messages it has sent
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
 
 
 Message = tuple[Any, ...]
@@ -160,7 +165,7 @@ def _drain(one: Child) -> list[Message]:
             message = one.conn.recv()
             one.said.add(message[0])
             if message[0] == "failed":
-                one.failure = message[1]
+                _, one.failure, one.traceback, one.refused = message
             else:
                 messages.append(message)
     return messages

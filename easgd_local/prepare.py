@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from easgd_local import checkpoint, data, hardware, models
-from easgd_local.center import UPDATES, Center, Layout
+from easgd_local.center import Center, Layout
 from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
 from easgd_local.data import Dataset
 from easgd_local.flat import Flat
+from easgd_local.outset import check_room, copy_center, restore, set_turns, shared_names
 from easgd_local.partition import partition
-from easgd_local.rules.base import Rule
 from easgd_local.runfolder import claim, lock, saved_config, write_config
 from easgd_local.schedules import Calendar
 from easgd_local.visitor import Start
@@ -101,7 +101,7 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
         if plan.rule.divides:
             partition([entry.stop - entry.start for entry in flat.trained], plan.layout.workers)  # says if too few
         plan = replace(plan, layout=replace(plan.layout, n=flat.n))
-        _check_room(plan)
+        check_room(plan, len(plan.rule.local) + len(plan.rule.scratch) + 2)
         center = undo.enter_context(Center.create(plan.layout))
         data_fd, description = data.to_memfd(dataset)
         if data_fd is not None:
@@ -109,14 +109,14 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
         if manifest is None or resume is None:
             _start(center, plan, flat)
             starts, t, seconds = {rank: Start() for rank in range(plan.layout.workers)}, 0, 0.0
-            plan = replace(plan, folder=claim(config, _effective(plan)))
+            plan = replace(plan, folder=claim(config.out, config.rule.name, config.to_json(), _effective(plan)))
             lock_fd = lock(plan.folder, undo)
         else:
-            starts = _restore(center, plan, manifest, checkpoint.steps(resume)[-1], warnings)
+            starts = restore(center, plan, manifest, checkpoint.steps(resume)[-1], warnings)
             t, seconds = manifest.t, manifest.seconds
             plan = replace(plan, folder=resume)
-            write_config(resume, config, _effective(plan))
-        _set_turns(center, plan.calendar.rounds_before(t))
+            write_config(resume, config.to_json(), _effective(plan))
+        set_turns(center, plan.calendar.rounds_before(t))
         undo.pop_all()
     return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings, lock_fd)
 
@@ -196,7 +196,7 @@ def _plan(config: Config, dataset: Dataset) -> tuple[TrainingPlan, list[str]]:
         rule=config.rule,
         learning_rate=config.learning_rate(steps),
         calendar=Calendar(config.rule.period, steps, evaluate_every, config.checkpoint_every),
-        layout=Layout(workers, 0, _shared(config.rule, workers), config.block_bytes),
+        layout=Layout(workers, 0, shared_names(config.rule, workers), config.block_bytes),
         model=config.model,
         shape=dataset.input_shape,
         classes=len(dataset.classes),
@@ -220,13 +220,7 @@ def _checked_checkpoint(config: Config, run: Path) -> checkpoint.Manifest:
     """The newest checkpoint of the run to resume, verified; `ValueError` if `config` is that of another run."""
     for name, (old, new) in differences(saved_config(run), config).items():
         refuse_change(name, old, new, run)
-    complete = checkpoint.steps(run)
-    if not complete:
-        raise ValueError(
-            f"resume={run}: this run has no checkpoint (an interrupted run writes one); start it again, and give "
-            f"--checkpoint-every to have some."
-        )
-    manifest = checkpoint.read(complete[-1])
+    _, manifest = checkpoint.newest(run)
     for name, (old, new) in differences(Config.from_json(manifest.config), config).items():
         raise ValueError(
             f"{run / 'config.json'}: says {name}={new}, but the checkpoint was written with {name}={old}; put the file "
@@ -258,70 +252,9 @@ def _effective(plan: TrainingPlan) -> dict[str, Any]:
     }
 
 
-def _check_room(plan: TrainingPlan) -> None:
-    rule, workers = plan.rule, plan.layout.workers
-    each = 4 * plan.layout.n * (2 + len(rule.local) + len(rule.scratch))  # x, g and the rule's own
-    needed, room = plan.layout.size_bytes + workers * each, hardware.available_bytes()
-    if needed > room:
-        raise MemoryError(
-            f"workers={workers}: the center and the vectors of the workers take {needed:,} bytes and only {room:,} are "
-            f"available; choose fewer workers or a smaller model, or free some memory."
-        )
-
-
-def _restore(
-    center: Center, plan: TrainingPlan, manifest: checkpoint.Manifest, folder: Path, warnings: list[str]
-) -> dict[int, Start]:
-    """Fills the center's vectors from a checkpoint; returns where each worker takes up."""
-    if manifest.n != plan.layout.n:
-        raise ValueError(
-            f"{folder}: holds a model of {manifest.n:,} floats instead of {plan.layout.n:,}; the data folder or the "
-            f"model has changed since, so start a new run."
-        )
-    saved = checkpoint.load_vectors(folder, "center.safetensors")
-    workers, clocks = plan.layout.workers, manifest.clocks
-    needed = {"c", *plan.rule.shared, UPDATES, *(center.vectors if workers == manifest.workers else ())}
-    if missing := sorted(needed - saved.keys()):
-        raise ValueError(
-            f"{folder}: lacks {', '.join(missing)}, so another version of easgd_local wrote it; resume with that "
-            f"version, or start a new run."
-        )
-    if workers == manifest.workers:
-        center.restore(saved)
-    else:  # what was allotted to the workers of before is nobody's now
-        center.restore({name: saved[name] for name in ("c", *plan.rule.shared, UPDATES)})
-        _copy_center(center, [f"{name}{i}" for name in plan.rule.allotted for i in range(workers)])
-    if workers != manifest.workers:
-        warnings.append(
-            f"continuing from the center with {workers} workers instead of {manifest.workers}: every worker starts at "
-            f"the center, so this is another run from step {manifest.t} on, not the same one to the bit."
-        )
-        clocks = {}
-    elif dead := sorted(set(range(workers)) - set(clocks)):
-        names = ", ".join(map(str, dead))
-        warnings.append(f"worker {names} had died before the checkpoint and starts again from the center.")
-    return {rank: Start(clocks.get(rank, manifest.t), folder if rank in clocks else None) for rank in range(workers)}
-
-
-def _shared(rule: Rule, workers: int) -> tuple[str, ...]:
-    """The names of the center's vectors."""
-    return "c", *rule.shared, *(f"{name}{i}" for name in rule.allotted for i in range(workers))
-
-
 def _start(center: Center, plan: TrainingPlan, flat: Flat) -> None:
     """The center at step 0: c as the model starts, the vectors that the rule says as copies of it, zeros."""
     center.vectors["c"][:] = flat.values()
     rule, workers = plan.rule, plan.layout.workers
-    _copy_center(center, [name for name in rule.shared if name in rule.copies])
-    _copy_center(center, [f"{name}{i}" for name in rule.allotted if name in rule.copies for i in range(workers)])
-
-
-def _copy_center(center: Center, names: list[str]) -> None:
-    for name in names:
-        center.vectors[name][:] = center.vectors["c"]
-
-
-def _set_turns(center: Center, rounds: int) -> None:
-    for b in range(center.layout.blocks):
-        center.turn[b] = rounds * center.layout.workers
-    center.taken[0] = rounds
+    copy_center(center, [name for name in rule.shared if name in rule.copies])
+    copy_center(center, [f"{name}{i}" for name in rule.allotted if name in rule.copies for i in range(workers)])

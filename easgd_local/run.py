@@ -58,7 +58,7 @@ class Run:
         self._buffers: Vector | None = None
         self._evaluate_s = 0.0
         self._interrupts, self._stop_reason, self._stop_t = 0, "", -1
-        self._held, self._diverged, self._shown_at = False, False, 0.0
+        self._held, self._diverged, self._abandoned, self._shown_at = False, False, False, 0.0
         self._failures: list[dict[str, Any]] = []
         self._warnings = list(prepared.warnings)
 
@@ -76,6 +76,11 @@ class Run:
             self._supervise()
             self._finish()
             return self._conclude()
+
+    @property
+    def reason(self) -> str:
+        """Why the run stopped before its end; "" if it did not."""
+        return self._stop_reason
 
     # What kinds of runs differ in
 
@@ -112,7 +117,7 @@ class Run:
         """Nobody steps any more: the last checkpoint and evaluation see the center as it is."""
         raise NotImplementedError
 
-    def _center_state(self) -> dict[str, Tensor]:
+    def center_state(self) -> dict[str, Tensor]:
         """The center's state dict, as it is now."""
         raise NotImplementedError
 
@@ -154,7 +159,7 @@ class Run:
 
     def _supervise(self) -> None:
         """Until no worker is left, or an interrupt that will not wait for them."""
-        while self._workers and self._interrupts < 2:
+        while self._workers and not self._gives_up:
             self._step(BUSY_S if self._due or self._stop_reason else IDLE_S)
             assert self._referee.is_alive(), "the referee died: nobody passes the turns of the dead any more"
             if self._interrupts and not self._stop_reason and not self._center.leave[0]:
@@ -170,7 +175,7 @@ class Run:
 
     def _save_stopped(self) -> None:
         """The center's part of the checkpoint that a stop has asked the workers for."""
-        if self._stop_t >= 0 and self._interrupts < 2 and not self._diverged:
+        if self._stop_t >= 0 and not self._gives_up and not self._diverged:
             self._assembly.add_center(self._stop_t, self._center.state())
 
     def _finish_checkpoints(self) -> None:
@@ -178,11 +183,11 @@ class Run:
         checkpoint.discard_partial(self._folder)
 
     def _evaluate_now(self, round: int, t: int) -> None:
-        while self._asked and self._interrupts < 2:
+        while self._asked and not self._gives_up:
             self._step(BUSY_S)
         self._center.take_whole_snapshot()
         self._ask(round, t)
-        while self._asked and self._interrupts < 2:
+        while self._asked and not self._gives_up:
             self._step(BUSY_S)
 
     def _conclude(self) -> dict[str, Any]:
@@ -198,7 +203,7 @@ class Run:
             failures=self._failures, warnings=self._warnings,
         )  # fmt: skip
         self._event("end", t=summary["steps"], status=summary["status"])
-        state = self._center_state()
+        state = self.center_state()
         (self._folder / "center.safetensors").write_bytes(safetensors.torch.save(state))
         (self._folder / "summary.json").write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
         report.write(self._folder)
@@ -334,10 +339,15 @@ class Run:
         elif all_hold and self._due:
             self._act_while_held(*self._due)
         if pause[0] & 1 and not self._holding_wanted():
-            if self._held:
+            if self._held and self._training():
                 self._clock.start()
             self._held = False
             pause[0] += 1
+
+    @property
+    def _gives_up(self) -> bool:
+        """Whether the run ends without waiting for the workers."""
+        return self._interrupts > 1 or self._abandoned
 
     def _stop_wanted(self) -> bool:
         return bool(self._stop_reason) and self._stop_t < 0
@@ -389,7 +399,7 @@ class Run:
     def _ask(self, round: int, t: int) -> None:
         if evaluator := self._evaluator:
             self._asked = round, t
-            tell(evaluator, t)
+            tell(evaluator, ("evaluate", t))
 
     def _snapshot_taken(self) -> None:
         round = (self._asked or self._due or (-1,))[0]

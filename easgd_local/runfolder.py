@@ -7,20 +7,26 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from easgd_local import hardware
 from easgd_local.config import Config
 
+T = TypeVar("T")
 
-def claim(config: Config, effective: dict[str, Any]) -> Path:
-    """Creates the run folder, complete or not at all; `ValueError` if that cannot be."""
-    folder = Path("runs" if config.out is None else config.out)
+
+def claim(out: str | None, name: str, config: dict[str, Any], effective: dict[str, Any]) -> Path:
+    """Creates the run folder, complete or not at all: `out`, or one in runs/ with the time and `name`.
+
+    Raises `ValueError` if that cannot be.
+    """
+    folder = Path("runs" if out is None else out)
     try:
         with contextlib.ExitStack() as undo:
-            if config.out is None:
-                folder = _new_name(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.rule.name}", undo)
+            if out is None:
+                folder = _new_name(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{name}", undo)
             elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise ValueError(
                     f"out={folder}: exists already and is not an empty folder; choose another, or continue the run in "
@@ -56,10 +62,10 @@ def _make(folder: Path, undo: contextlib.ExitStack) -> None:
             undo.callback(one.rmdir)
 
 
-def write_config(folder: Path, config: Config, effective: dict[str, Any]) -> None:
+def write_config(folder: Path, config: dict[str, Any], effective: dict[str, Any]) -> None:
     """Writes config.json: the whole of it, or it stays as it was; `ValueError` where one may not write."""
     text = {
-        "config": config.to_json(),
+        "config": config,
         "effective": effective,
         "versions": hardware.versions(),
         "hardware": hardware.describe(),
@@ -96,10 +102,19 @@ def lock(folder: Path, undo: contextlib.ExitStack) -> int:
 
 
 def saved_config(folder: Path) -> Config:
-    """The configuration of an earlier run; `ValueError` if the folder holds none."""
+    """The configuration of an earlier run of the built-in loop; `ValueError` if the folder holds none."""
+    return _read(folder, Config.from_json)
+
+
+def saved_values(folder: Path) -> dict[str, Any]:
+    """The configuration of an earlier run, as JSON holds it; `ValueError` if the folder holds none."""
+    return _read(folder, dict)
+
+
+def _read(folder: Path, made: Callable[[Any], T]) -> T:
     path = folder / "config.json"
     try:
-        return Config.from_json(json.loads(path.read_text())["config"])
+        return made(json.loads(path.read_text())["config"])
     except OSError as error:
         raise ValueError(
             f"resume={folder}: no run is there ({path.name}: {error.strerror}); name the folder of an earlier run."

@@ -86,7 +86,7 @@ class Training(Run):
         if self._finished():
             self._evaluate_now(self._calendar.rounds_before(steps) - 1, steps)
 
-    def _center_state(self) -> dict[str, Tensor]:
+    def center_state(self) -> dict[str, Tensor]:
         flat, vectors = self._prepared.flat, self._center.vectors
         c = vectors[self._plan.rule.reported].copy()
         c[flat.buffers] = vectors["c"][flat.buffers]

@@ -147,7 +147,7 @@ class Board:
 
     def time_facts(self) -> list[str]:
         steps, alive = self.start.get("steps"), [row for row in self.rows.values() if row.alive]
-        lefts = [row.left_s(steps) for row in alive] if steps else [None]
+        lefts = [row.left_s(steps) for row in alive] if steps else []
         known = [left for left in lefts if left is not None]
         left = "about " + clock_text(max(known)) if known and len(known) == len(lefts) else "not known yet"
         return [f"elapsed {clock_text(self.now() - self.began)}", *([f"left {left}"] if lefts else [])]
@@ -291,8 +291,11 @@ def notable(event: Event) -> str | None:
     return None
 
 
-def summary_table(summary: dict[str, Any], folder: str | Path | None = None) -> RenderableType:
-    """The end of a run: its numbers, its workers, and where the picture and the rest lie."""
+def summary_table(
+    summary: dict[str, Any], folder: str | Path | None = None, go_on: str | None = None
+) -> RenderableType:
+    """The end of a run: its numbers, its workers, and where the picture and the rest lie; how to `go_on` with one that
+    was interrupted."""
     numbers = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for what, value in summary_rows(summary):
         numbers.add_row(Text(what, "dim"), Text(value, "bold" if what.startswith("center") else ""))
@@ -318,7 +321,7 @@ def summary_table(summary: dict[str, Any], folder: str | Path | None = None) -> 
         parts.append(Text(f"center_sha256 {summary['center_sha256']}", overflow="fold"))
     if folder is not None:
         if summary.get("status") == "interrupted":
-            go_on = f"easgd-local train {summary.get('rule')} --resume {folder}"
+            go_on = go_on or f"easgd-local train {summary.get('rule')} --resume {folder}"
             parts.append(Text(f"{'go on with':<11} {go_on}", overflow="fold"))
         parts.append(Text(f"curves      {Path(folder) / 'curves.png'}", overflow="fold"))
         parts.append(Text(f"run folder  {folder}", overflow="fold"))

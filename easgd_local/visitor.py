@@ -123,32 +123,50 @@ class Visitor:
 
     def _linger(self) -> None:
         """Until all have finished: if the others are stopped before, this worker's state belongs to the checkpoint."""
-        while not self._center.leave[0]:
-            if self._center.abort[0] or self._center.stop[0]:
+        center = self._center
+        while not center.leave[0]:
+            if center.abort[0] or center.stop[0] or center.save[0] != self._saved_label:
                 self._boundary()
+            self._while_held()
             time.sleep(1e-3)
 
     def _boundary(self) -> None:
         """Between two steps: publishes the clock, holds, saves, stops."""
+        self._halt(self.t)
+        self._save_or_stop()
+
+    def _halt(self, earliest_stop: int) -> None:
         center, t, plan = self._center, self.t, self._plan
         center.clock[self.rank] = t
         if center.abort[0]:
             raise Aborted
-        self._hold(t)
+        self._hold(earliest_stop)
         if faults.due(plan.faults, "kill", self.rank, t):
             faults.kill()
         if faults.due(plan.faults, "raise", self.rank, t):
             raise RuntimeError("injected fault")
-        stop, label = center.stop[0], center.save[0]
-        stops = stop > 0 and t >= stop - 1
-        if self._in_rounds and (stops or (t > self._first_t and plan.calendar.checkpoint_due(t))):
-            self._save(t)
-        elif label != self._saved_label:
+
+    def _save_or_stop(self) -> None:
+        label, stops = self._center.save[0], self._stops
+        if label != self._saved_label:
             self._saved_label = label
             self._save(label - 1)
+        elif self._in_rounds and (stops or self._checkpoint_due):
+            self._save(self.t)
         if stops:
             self._report()
             raise Stopped
+
+    @property
+    def _stops(self) -> bool:
+        return 0 < self._center.stop[0] <= self.t + 1
+
+    @property
+    def _checkpoint_due(self) -> bool:
+        return self.t > self._first_t and self._plan.calendar.checkpoint_due(self.t)
+
+    def _while_held(self) -> None:
+        """What a worker does while it holds, or has finished and waits for the others."""
 
     def _hold_in_wait(self) -> None:
         self._hold(self.t + 1)  # in the middle of step t the worker can stop at t + 1 at the earliest
@@ -163,6 +181,7 @@ class Visitor:
             while center.pause[0] == pause:
                 if center.abort[0]:
                     raise Aborted
+                self._while_held()
                 time.sleep(0.5e-3)
 
     @property

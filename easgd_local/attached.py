@@ -1,0 +1,411 @@
+"""A worker whose steps are made by the user's own optimizer: the exchange is all that is added to them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from easgd_local import checkpoint, faults
+from easgd_local.backend.cpu import Vector, vector
+from easgd_local.batches import Positions
+from easgd_local.calibrate import recalibrate
+from easgd_local.center import Center
+from easgd_local.child import Refusal
+from easgd_local.flat import Entry, Flat, Naming
+from easgd_local.rules.base import Rule
+from easgd_local.visitor import Plan, Visitor
+
+BUFFERS = ("average", "recalibrate", "local")
+OPTIMIZER_STATES = ("local", "reset")
+Evaluation = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a worker attaches: all workers must propose the same. `naming` is not compared."""
+
+    rule: Rule
+    turns: str
+    buffers: str
+    evaluates: bool
+    evaluate_every: int
+    block_bytes: int
+    optimizer_state: str
+    model: str
+    entries: tuple[Entry, ...]
+    n: int
+    parameters: int
+    t: int
+    naming: Naming
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """The objects of the user's loop that a worker looks after."""
+
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    buffers: str
+    optimizer_state: str
+    evaluate: Evaluation | None
+    calibrate_on: Iterable[Any] | None
+    stateful: tuple[Any, ...]
+    positions: Positions
+
+
+class Attached(Visitor):
+    """The worker behind an attached model. The hooks of the optimizers call `before_step` and `after_step`.
+
+        d <- α(x - c),  c <- c + d,  x <- x - d     before the step, g having been taken at the x before, or
+        c, x <- what the rule says                  after it, for rules that replace x
+
+    The clock t counts steps: one is made when each of the optimizers has stepped. A step that a GradScaler skips is
+    none. Checkpoints are of the moment between two steps: best seen where the loop asks for its next batch, else they
+    are noted at the end of a step and written in the next one.
+    """
+
+    def __init__(
+        self, rank: int, center: Center, plan: Plan, flat: Flat, attachment: Attachment, post: Callable[..., None],
+        conn: Connection, t: int,
+    ) -> None:  # fmt: skip
+        rule = plan.rule
+        super().__init__(
+            rank, center, plan, flat.buffers, post, t, kept=rule.over_local, scratch=rule.over_scratch
+        )  # fmt: skip
+        self._flat, self._attachment, self._conn = flat, attachment, conn
+        self._parameters = [id(one) for one in attachment.model.parameters()]
+        self._stepped: set[int] = set()  # the optimizers that have made their part of the step under way
+        self._between_t = -1  # the clock whose boundary has been seen
+        self._noted: dict[str, Any] | None = None
+        self._random: dict[str, Any] | None = None  # to be restored before the next batch
+        self._loss: float | None = None
+        self._began = time.perf_counter()
+
+    # The start
+
+    def fill(self, state: dict[str, Any] | None) -> None:
+        """Writes the model's values, or a saved state's, to the center and the shared vectors that start like it."""
+        values = self._flat.values() if state is None else state["kept"]["x"].numpy()
+        for name in ("c", *self._rule.copies):
+            self._center.vectors[name][:] = values
+
+    def bind(self) -> None:
+        """The model computes in x from now on, and the optimizers tell of their steps."""
+        self._flat.bind(self.x)
+        for optimizer in self._attachment.optimizers:
+            optimizer.register_step_pre_hook(self._optimizer_steps)
+            optimizer.register_step_post_hook(self._optimizer_has_stepped)
+
+    def take_up(self, saved: Path | None) -> None:
+        """The state to start from: a checkpoint's, or the center while nobody moves it yet."""
+        if saved is None:
+            super().take_up(None)
+        else:
+            name = checkpoint.worker_file(self.rank, "pt")
+            self.restore(torch.load(saved / name, weights_only=False))
+
+    def _begin(self) -> None:
+        for name in self._rule.over_local:
+            self.ops.copy(self._kept[name], self.x)
+
+    # The step
+
+    def _optimizer_steps(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not _is_skipped(optimizer) and not self._stepped:
+            self.before_step()
+
+    def _optimizer_has_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if _is_skipped(optimizer):
+            return
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self._attachment.optimizers):
+            self._stepped.clear()
+            self.after_step()
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """The gradient is taken, nothing has moved yet."""
+        self._check_bound()
+        if self._between_t != self.t:
+            self._boundary_in_step()
+        if faults.due(self._plan.faults, "nan", self.rank, self.t):
+            self.ops.fill(self.x[: self._buffers.start // 2], math.nan)
+        if not self._rule.replaces:
+            self._meet()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """The optimizers have moved x."""
+        self._count_step(self._loss)
+        self._loss = None
+        self._center.clock[self.rank] = self.t
+        if self._rule.replaces:
+            self._meet()
+        if self._stops or (self._in_rounds and self._checkpoint_due) or self._center.save[0] != self._saved_label:
+            self._noted = self._passing_state()
+        now = time.perf_counter() - self._turns.wait_s
+        faults.keep_pace(self._plan.faults, self.rank, self.t, now - self._began)
+        self._began = time.perf_counter() - self._turns.wait_s
+
+    def _meet(self) -> None:
+        before = self._exchanges
+        if (d := self._rule.meet(self)) is not None:
+            self.ops.subtract(self.x, d)  # x <- x - d
+        if self._exchanges > before and self._attachment.optimizer_state == "reset":
+            self._reset_optimizers()
+        if self._reloaded_at == self.t:
+            self._drop_gradients()
+
+    def _exchange_buffers(self, b: slice) -> None:
+        if self._attachment.buffers == "average":
+            super()._exchange_buffers(b)
+        elif self.rank == 0:  # each worker's own: the center carries worker 0's
+            self.ops.copy(self.c[b], self.x[b])
+
+    def _reload(self) -> None:
+        super()._reload()
+        if self._attachment.buffers != "average":
+            self.ops.copy(self.x[self._buffers], self.c[self._buffers])
+        self._reset_optimizers()
+
+    def _reset_optimizers(self) -> None:
+        for optimizer in self._attachment.optimizers:
+            optimizer.state.clear()
+
+    def _drop_gradients(self) -> None:
+        """The gradient at a point that was not finite moves nothing."""
+        for optimizer in self._attachment.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _check_bound(self) -> None:
+        name = self._flat.strayed(self.x)
+        if name is None and self.t % self._rule.period == 0:
+            name = self._replaced()
+        if name is not None:
+            raise Refusal(
+                f"{name}: was replaced after attach, so the optimizer or the model no longer uses what is exchanged; "
+                f"change the model (.to, new layers, loaded weights by assignment) before attach, or copy values in "
+                f"place."
+            )
+
+    def _replaced(self) -> str | None:
+        """The name of the first parameter that the model has got since it was attached."""
+        for place, (name, parameter) in enumerate(self._attachment.model.named_parameters()):
+            if place >= len(self._parameters) or id(parameter) != self._parameters[place]:
+                return name
+        return None
+
+    # Between two steps
+
+    def between_steps(self) -> None:
+        """Nothing of step t has begun: its batch has not been drawn yet."""
+        if self._between_t == self.t:
+            return
+        self._between_t, self._noted = self.t, None
+        if self._random is not None:
+            restore_random(self._random)
+            self._random = None
+        self._boundary()
+
+    def _boundary_in_step(self) -> None:
+        """The loop did not say when step t began, so the state at its beginning counts if it was noted."""
+        self._between_t, self._random = self.t, None
+        self._halt(self.t + 1)
+        if self._noted is not None:
+            self._save_or_stop()
+        self._noted = None
+
+    def finish(self) -> None:
+        """The loop is over: saves what is due, waits until all workers have finished."""
+        self._between_t = -1
+        self.between_steps()
+        self._report()
+        self._post("own", self._flat.naming().own)
+        self._post("finished")
+        self._linger()
+
+    def await_start(self) -> int:
+        """Waits for the word to go, answering questions about the center; returns the clock of one that joins."""
+        while isinstance(word := self._conn.recv(), tuple):
+            self._evaluate(word[1])
+        return word
+
+    def _while_held(self) -> None:
+        while self._conn.poll():
+            _, t = self._conn.recv()
+            self._evaluate(t)
+
+    # Checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """All that belongs to this worker between two steps; the shared vectors are the center's."""
+        passing = self._noted or self._passing_state()
+        kept = {name: torch.from_numpy(value.copy()) for name, value in self._kept.items()}
+        kept["x"][self._buffers] = passing["buffers"]
+        return {
+            "t": self.t,
+            "kept": kept,
+            "own": passing["own"],
+            "random": passing["random"],
+            "positions": passing["positions"],
+            "optimizers": [one.state_dict() for one in self._attachment.optimizers],
+            "stateful": [one.state_dict() for one in self._attachment.stateful],
+        }
+
+    def _passing_state(self) -> dict[str, Any]:
+        """What the forward pass of the next step will change."""
+        return {
+            "own": self._flat.naming().own,
+            "buffers": torch.from_numpy(self.x[self._buffers].copy()),
+            "random": random_state(),
+            "positions": self._attachment.positions.now(),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave, in place."""
+        counts = {"optimizer": len(self._attachment.optimizers), "stateful object": len(self._attachment.stateful)}
+        for (what, count), saved in zip(counts.items(), (state["optimizers"], state["stateful"]), strict=True):
+            if count != len(saved):
+                raise Refusal(
+                    f"the saved state of worker {self.rank} is of {len(saved)} {what}s and {count} are attached; "
+                    f"attach the same ones, in the same order."
+                )
+        for name, value in self._kept.items():
+            self._place.load(value, state["kept"][name].numpy())
+        own = self._attachment.model.state_dict(keep_vars=True)
+        for name, value in state["own"].items():
+            own[name].copy_(value)
+        for one, saved in zip(self._attachment.optimizers, state["optimizers"], strict=True):
+            one.load_state_dict(saved)
+        for one, saved in zip(self._attachment.stateful, state["stateful"], strict=True):
+            one.load_state_dict(saved)
+        self._attachment.positions.restore(state["positions"])
+        self._random = state["random"]
+        restore_random(self._random)
+
+    def _save(self, label: int) -> None:
+        file = io.BytesIO()
+        torch.save(self.state(), file)
+        name = checkpoint.worker_file(self.rank, "pt")
+        folder = checkpoint.partial_folder(self._plan.folder, label)
+        self._post("saved", label, self.t, name, checkpoint.save_bytes(folder, name, file.getbuffer()))
+
+    # The center
+
+    def center_model(self, c: Vector | None = None) -> nn.Module:
+        """A copy of the model with the values of c (default: the center's, read now), in evaluation mode."""
+        values = vector(self._flat.n)
+        if c is None:
+            c = self._center.vectors[self._rule.reported]
+        np.copyto(values, c)
+        np.copyto(values[self._buffers], self._center.vectors["c"][self._buffers])
+        try:
+            model = copy.deepcopy(self._attachment.model)
+        except RuntimeError as error:
+            raise Refusal(f"the model cannot be copied, so the center cannot be looked at in one: {error}") from error
+        self._flat.of(model).bind(values)
+        return model.eval()
+
+    def _evaluate(self, t: int) -> None:
+        """Answers the launcher's question about the center's snapshot, which it has taken at step t."""
+        snapshot = self._center.snapshot
+        values = snapshot[self._rule.reported].copy()
+        values[self._buffers] = snapshot["c"][self._buffers]
+        self._post("taken")
+        began, attachment = time.perf_counter(), self._attachment
+        before, model = random_state(), self.center_model(values)
+        if attachment.calibrate_on is not None:
+            recalibrate(model, attachment.calibrate_on)
+        scores = self._scores(model) if attachment.evaluate else {}
+        buffers = self._flat.of(model).values()[self._buffers]
+        restore_random(before)
+        self._post("evaluated", scores, buffers, time.perf_counter() - began)
+
+    @torch.no_grad()
+    def _scores(self, model: nn.Module) -> dict[str, float]:
+        assert self._attachment.evaluate is not None
+        try:
+            scores = self._attachment.evaluate(model.eval())
+        except Exception as error:
+            raise Refusal(f"evaluate: raised {type(error).__name__}: {error}; the run stops.") from error
+        return numbers(scores, "evaluate")
+
+    # What the loop tells
+
+    def log(self, values: dict[str, Any]) -> None:
+        """An event of this worker; `loss` is also what is shown as the worker's loss."""
+        plain = numbers(values, "log")
+        self._loss = plain.get("loss", self._loss)
+        self._post("event", "log", t=self.t, **plain)
+
+    @property
+    def samples_per_step(self) -> int | None:
+        return self._attachment.positions.batch_size
+
+
+def numbers(values: Any, what: str) -> dict[str, float]:
+    """Names and plain numbers; `Refusal` for anything else, or for a name that every event has."""
+    if not isinstance(values, dict):
+        raise Refusal(f"{what}: gave {type(values).__name__}, and must give names and numbers; write a dict of them.")
+    plain: dict[str, float] = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or name in ("kind", "t", "seconds", "rank", "round", "evaluate_s", "nonfinite"):
+            raise Refusal(f"{what}: the name {name!r} is every event's own, or no word; choose another.")
+        try:
+            value = value.detach() if isinstance(value, Tensor) else value
+            plain[name] = int(value) if isinstance(value, int) else float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise Refusal(
+                f"{what}: {name}={type(value).__name__} is not one number; give a number, or a tensor of one element."
+            ) from None
+    return plain
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the generators that a training loop may draw from."""
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def restore_random(state: dict[str, Any]) -> None:
+    """Undoes what was drawn since `random_state`."""
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler has found infinities and an optimizer that unscales by itself is about to do nothing."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found is not None and float(found) > 0
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The module itself, without what torch.compile or a data-parallel wrapper has put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def owned(optimizers: Sequence[Optimizer]) -> set[int]:
+    """The identities of the parameters that the optimizers move."""
+    return {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}

@@ -1,0 +1,102 @@
+"""Which samples a worker's DataLoader takes, batch by batch: dealt out to the workers, and resumable in mid-epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from easgd_local.data.sampling import Sampler
+
+
+class Batches(torch.utils.data.Sampler[list[int]]):
+    """A batch sampler for a DataLoader, `DataLoader(dataset, batch_sampler=...)`: int lists of `batch_size` indices.
+
+    Each pass goes over what is left of the present epoch, `epoch` counts them from 0, and `len` is that of a whole
+    epoch. Every batch is full: samples that do not fill one in this epoch come first in the next.
+    """
+
+    def __init__(self, order: Sampler, next_batch: Callable[[], None]) -> None:
+        self.batch_size = order.batch_size
+        self.position = 0  # how many batches have been handed out
+        self._order, self._next_batch = order, next_batch
+        self._per_epoch = order.samples // order.stride
+        self._counted_by_loader = False
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch belongs to, from 0."""
+        return self.position // self._per_epoch
+
+    def __len__(self) -> int:
+        return self._per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self.position, self.end):
+            if not self._counted_by_loader:
+                self.hand_out()
+            yield self._order.indices(number).tolist()
+
+    @property
+    def end(self) -> int:
+        """The position at the end of the present epoch."""
+        return (self.epoch + 1) * self._per_epoch
+
+    def hand_out(self) -> None:
+        """The loop asks for its next batch."""
+        self._next_batch()
+        self.position += 1
+
+
+class Positions:
+    """How far a worker's batch samplers have come, in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self._made: list[Batches] = []
+        self._saved: list[int] = []
+
+    def add(self, batches: Batches) -> None:
+        """One more; it goes on where its predecessor in a resumed run was."""
+        if len(self._made) < len(self._saved):
+            batches.position = self._saved[len(self._made)]
+        self._made.append(batches)
+
+    def now(self) -> list[int]:
+        """The position of each."""
+        return [one.position for one in self._made]
+
+    def restore(self, saved: list[int]) -> None:
+        """Undoes `now`, for those made already and those still to be made."""
+        self._saved = saved
+        for one, position in zip(self._made, saved, strict=False):
+            one.position = position
+
+    @property
+    def batch_size(self) -> int | None:
+        """Of the first; None when there is none."""
+        return self._made[0].batch_size if self._made else None
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that counts the batches it has handed out, so that a run resumes at the right one even when worker
+    processes read ahead. Its own randomness comes from the seed, not from the loop's generators."""
+
+    def __init__(self, dataset: Any, batches: Batches, **options: Any) -> None:
+        batches._counted_by_loader = True
+        super().__init__(dataset, batch_sampler=batches, **options)
+        self.batches = batches
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next batch belongs to, from 0."""
+        return self.batches.epoch
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        assert self.generator is not None
+        self.generator.manual_seed(self.generator.initial_seed())
+        ahead = super().__iter__()
+        for _ in range(self.batches.position, self.batches.end):
+            self.batches.hand_out()
+            yield next(ahead)

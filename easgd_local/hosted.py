@@ -1,0 +1,108 @@
+"""One process of `launch`: runs the user's function with its worker."""
+
+from __future__ import annotations
+
+import multiprocessing.spawn
+import os
+import pickle
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+
+from easgd_local.child import Refusal
+from easgd_local.loop import LoopWorker, seed_of
+from easgd_local.turns import Aborted
+from easgd_local.visitor import Stopped
+
+MAIN = ("init_main_from_name", "init_main_from_path")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A function and its arguments, pickled, and how to find the script that they come from."""
+
+    name: str
+    pickled: bytes
+    main: dict[str, str]
+
+    def load(self) -> tuple[Callable[..., object], tuple[Any, ...]]:
+        """The function and its arguments in this process; imports the script that they come from."""
+        try:
+            multiprocessing.spawn.prepare(self.main)
+            fn, args = pickle.loads(self.pickled)
+        except AttributeError as error:
+            raise Refusal(
+                f"fn={self.name}: not found when a worker imports its module ({error}); define it at the top level of "
+                f'the module, outside of `if __name__ == "__main__":`.'
+            ) from error
+        return fn, args
+
+
+def job_of(fn: Callable[..., object], args: tuple[Any, ...]) -> Job:
+    """`ValueError` for a function that new processes cannot import."""
+    name = getattr(fn, "__qualname__", repr(fn))
+    if not callable(fn):
+        raise ValueError(f"fn={fn!r}: must be a function of one worker; launch(train, workers=4).")
+    if not isinstance(args, tuple):
+        raise ValueError(f"args={args!r}: must be a tuple, handed to the function after the worker; write args=(x,).")
+    if "<lambda>" in name or "<locals>" in name:
+        raise ValueError(
+            f"fn={name}: new processes import the function by its name, so it cannot be a lambda or lie inside another "
+            f"function; define it at the top level of a module."
+        )
+    try:
+        pickled = pickle.dumps((fn, args))
+    except Exception as error:  # what pickling raises depends on what is pickled
+        raise ValueError(
+            f"fn={name}: it or its args cannot be handed to new processes ({type(error).__name__}: {error}); give "
+            f"names, paths and numbers, and build data and model in the function."
+        ) from error
+    found = multiprocessing.spawn.get_preparation_data("easgd")
+    main = {key: found[key] for key in MAIN if key in found} if b"__main__" in pickled else {}
+    path = main.get("init_main_from_path")
+    if b"__main__" in pickled and (not main or (path and not os.path.isfile(path))):
+        raise ValueError(
+            f"fn={name}: defined in a notebook or an interactive session, which new processes cannot import; write it "
+            f"to a file (in a notebook with %%writefile), and import it from there."
+        )
+    return Job(name, pickled, main)
+
+
+def main(conn: Connection, fds: list[int], rank: int, workers: int, job: Job, seed: int, threads: int) -> None:
+    """The process: the user's function from its first line to its return, then waiting for the others."""
+    for name, value in environment(rank, workers).items():
+        os.environ[name] = value
+    torch.set_num_threads(threads)
+    seed_all(seed, rank)
+    fn, args = job.load()
+    worker = LoopWorker(rank, workers, conn, seed)
+    try:
+        fn(worker, *args)
+        sys.stdout.flush()
+        worker.finish()
+    except Stopped:
+        conn.send(("stopped",))
+    except Aborted:
+        pass
+
+
+def seed_all(seed: int, rank: int) -> None:
+    """Another stream of torch's, NumPy's and Python's random numbers for every worker."""
+    own = seed_of(seed, rank)
+    torch.manual_seed(own)
+    np.random.seed(own % 2**32)
+    random.seed(own)
+
+
+def environment(rank: int, workers: int) -> dict[str, str]:
+    """What torchrun tells its processes, for loggers and scripts that ask for it."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers),
+        "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1",
+    }  # fmt: skip

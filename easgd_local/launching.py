@@ -1,0 +1,257 @@
+"""`launch`: a training loop of the user's own, in worker processes around one center."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from easgd_local import checkpoint, child, hardware, hosted
+from easgd_local.attached import Proposal
+from easgd_local.center import Center, Layout
+from easgd_local.centers import CenterState
+from easgd_local.config import MAX_STEPS, WORKERS, check_choices, check_limits
+from easgd_local.faults import Fault
+from easgd_local.gathering import fill, gather
+from easgd_local.launcher import Child, Launcher, warm_up
+from easgd_local.looprun import Gathered, LoopRun
+from easgd_local.metrics import Listener
+from easgd_local.outset import check_room, restore, set_turns, shared_names
+from easgd_local.rules.base import make_plain
+from easgd_local.runfolder import claim, lock, saved_values, write_config
+from easgd_local.schedules import Calendar
+from easgd_local.visitor import Plan, Start
+
+REPORT_EVERY = 10  # steps; slow workers report at least every two seconds
+FIXED = ("seed", "threads", "rule", "turns", "buffers", "optimizer_state", "block_bytes")  # in a resumed run
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """What `launch` and `join` are told, validated when constructed; the rule is part of what the workers attach."""
+
+    fn: str
+    workers: int = WORKERS
+    device: Literal["auto", "cpu"] = "auto"
+    out: str | None = None
+    seed: int = 0
+    threads: int | None = None
+    checkpoint_every: int = 0
+    keep: int = 3
+    on_failure: Literal["continue", "respawn", "stop"] = "continue"
+    tensorboard: bool = False
+    faults: tuple[Fault, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if str(self.device).startswith("cuda"):
+            raise ValueError(
+                f"device={self.device}: this version of easgd_local computes on CPUs only; use device=cpu."
+            )
+        make_plain(self)
+        check_limits(self, {"workers": 1, "seed": 0, "threads": 1, "checkpoint_every": 0, "keep": 1})
+        check_choices(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """A mapping that JSON can hold."""
+        return asdict(self)
+
+    @property
+    def thread_count(self) -> int:
+        """Threads of each worker."""
+        return self.threads or max(1, hardware.cores() // self.workers)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The configuration of a run whose workers have attached."""
+
+    config: LaunchConfig
+    terms: dict[str, Any]
+
+    @property
+    def keep(self) -> int:
+        return self.config.keep
+
+    @property
+    def on_failure(self) -> str:
+        return self.config.on_failure
+
+    @property
+    def tensorboard(self) -> bool:
+        return self.config.tensorboard
+
+    def to_json(self) -> dict[str, Any]:
+        """A mapping that JSON can hold."""
+        return self.terms | self.config.to_json()
+
+
+def launch(
+    fn: Callable[..., object], *, workers: int = WORKERS, args: tuple[Any, ...] = (), device: str = "auto",
+    out: str | Path | None = None, resume: str | Path | None = None, seed: int = 0, threads: int | None = None,
+    checkpoint_every: int = 0, keep: int = 3, on_failure: str = "continue", tensorboard: bool = False,
+    view: bool = True, listeners: Sequence[Listener] = (), faults: tuple[Fault, ...] = (),
+) -> CenterState:  # fmt: skip
+    """Runs `fn(worker, *args)` in `workers` processes around one center; returns the center's state dict.
+
+    fn: a function at the top level of a module or script; in it `worker.attach(model, optimizer, rule)` is all that a
+    training loop needs (see `LoopWorker`). Scripts call `launch` under `if __name__ == "__main__":`.
+    args: a tuple handed on to fn; must be picklable.
+    out: the run folder, default runs/<time>-<name of fn>; there are metrics.jsonl, summary.json, report.md, curves.png,
+    center.safetensors and what the workers print, in logs/. The result's attribute `folder` names it.
+    resume: the folder of an interrupted run, or one whose loop is to be longer now, to go on with: `attach` then
+    restores model, optimizers, generators, samplers and clock from its last checkpoint. Checkpoints are pickles: resume
+    only what you trust.
+    seed: of the workers' generators and samplers. threads: of each worker, default cores / workers.
+    checkpoint_every: steps between checkpoints, of which the last `keep` stay; 0 for only when interrupted (Ctrl-C).
+    on_failure: what happens when a worker dies: the others "continue", it is replaced ("respawn"), or all "stop".
+    tensorboard: also write the events for TensorBoard. view: show the run on stderr. listeners: called with every event
+    of metrics.jsonl.
+
+    Raises `ValueError` or `MemoryError` for what cannot work, `RuntimeError` when no worker came to its end,
+    `KeyboardInterrupt` after an interrupted run is saved. No process and no memory is left in any case.
+    """
+    if child.inside:
+        raise ValueError(
+            'launch: reached by a worker that imports the script; put the call under `if __name__ == "__main__":`.'
+        )
+    if out is not None and resume is not None:
+        raise ValueError(f"out={out} and resume={resume}: a resumed run stays in its folder; leave out away.")
+    job = hosted.job_of(fn, args)
+    options: dict[str, Any] = {"device": device, "on_failure": on_failure, "out": None if out is None else str(out)}
+    config = LaunchConfig(
+        fn=job.name, workers=workers, seed=seed, threads=threads, checkpoint_every=checkpoint_every, keep=keep,
+        tensorboard=tensorboard, faults=faults, **options,
+    )  # fmt: skip
+    run = None if resume is None else Path(resume)
+    warm_up("easgd_local.preload_loop")
+    with _folder(config, run) as folder, Launcher(folder / "logs") as launcher:
+        start = partial(_start, launcher, job, config)
+        children = [start(rank) for rank in range(config.workers)]
+        with prepare(config, folder, run, launcher, children, start) as gathered:
+            return conduct(gathered, launcher, listeners, view)
+
+
+def _start(launcher: Launcher, job: hosted.Job, config: LaunchConfig, rank: int) -> Child:
+    arguments = (rank, config.workers, job, config.seed, config.thread_count)
+    return launcher.start(f"worker-{rank}", hosted.main, [], arguments, rank)
+
+
+@contextlib.contextmanager
+def _folder(config: LaunchConfig, resume: Path | None) -> Iterator[Path]:
+    """The run folder, locked; a new one is removed again if the run does not come to its start."""
+    with contextlib.ExitStack() as undo:
+        if resume is not None:
+            lock(resume, undo)
+            yield resume
+            return
+        folder = claim(config.out, config.fn.rpartition(".")[2], config.to_json(), {})
+        lock(folder, undo)
+        try:
+            yield folder
+        except BaseException:
+            if not (folder / "metrics.jsonl").exists():
+                shutil.rmtree(folder)
+                with contextlib.suppress(OSError):  # other runs are there
+                    if config.out is None:
+                        folder.parent.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def prepare(
+    config: LaunchConfig, folder: Path, resume: Path | None, launcher: Launcher, children: list[Child],
+    start_again: Callable[[int], Child],
+) -> Iterator[Gathered]:  # fmt: skip
+    """Waits until all workers have attached, creates the center, fills it; frees it in the end."""
+    found = None if resume is None else checkpoint.newest(resume)
+    proposal = gather(launcher, children)[0]
+    agreed, plan = Agreed(config, _terms(proposal)), _plan(config, proposal, folder)
+    if found is not None:
+        _check_same(found[1].config, agreed.to_json(), folder)
+        _check_same(saved_values(folder), agreed.to_json(), folder)
+    check_room(plan, 1 + len(plan.rule.over_local) + len(plan.rule.over_scratch))
+    warnings = plan.rule.warnings(config.workers)
+    with Center.create(plan.layout) as center:
+        filler, t, seconds = 0, proposal.t, 0.0
+        starts = {rank: Start(t) for rank in range(config.workers)}
+        if found is not None:
+            path, manifest = found
+            filler, t, seconds = -1, manifest.t, manifest.seconds
+            starts = restore(center, plan, manifest, path, warnings)
+        set_turns(center, plan.calendar.rounds_before(t))
+        if filler >= 0:
+            fill(launcher, children[filler], center, plan, starts[filler])
+        write_config(folder, agreed.to_json(), _effective(plan))
+        yield Gathered(
+            agreed, plan, center, proposal, starts, t, seconds, warnings, children, filler, start_again
+        )  # fmt: skip
+
+
+def conduct(gathered: Gathered, launcher: Launcher, listeners: Sequence[Listener], view: bool) -> CenterState:
+    """The run from its start to its end, shown on stderr if so wanted; returns the center or raises what ended it."""
+    run: LoopRun
+    if view:
+        from rich.console import Console
+
+        from easgd_local.view import open_view, summary_table
+
+        console = Console(stderr=True)
+        with open_view(console) as live:
+            run = LoopRun(gathered, launcher, [live, *listeners])
+            summary = run.execute()
+        go_on = f'easgd_local.launch({gathered.config.to_json()["fn"]}, resume="{summary["folder"]}", ...)'
+        console.print(summary_table(summary, summary["folder"], go_on))
+    else:
+        run = LoopRun(gathered, launcher, listeners)
+        summary = run.execute()
+    if run.error is not None:
+        raise run.error
+    if summary["status"] == "interrupted":
+        raise KeyboardInterrupt
+    if summary["status"] != "done":
+        raise RuntimeError(f"the run failed: {run.reason}; see {summary['folder']}/report.md.")
+    return CenterState(run.center_state(), Path(summary["folder"]), summary)
+
+
+def _terms(proposal: Proposal) -> dict[str, Any]:
+    """What the workers agreed on, for config.json."""
+    names = ("turns", "buffers", "optimizer_state", "evaluate_every", "block_bytes", "model")
+    return {"rule": {"name": proposal.rule.name} | asdict(proposal.rule)} | {n: getattr(proposal, n) for n in names}
+
+
+def _plan(config: LaunchConfig, proposal: Proposal, folder: Path) -> Plan:
+    rule = proposal.rule
+    return Plan(
+        rule=rule,
+        calendar=Calendar(
+            rule.period, MAX_STEPS, proposal.evaluate_every, config.checkpoint_every, ahead=int(rule.replaces)
+        ),
+        layout=Layout(config.workers, proposal.n, shared_names(rule, config.workers), proposal.block_bytes),
+        turns=proposal.turns,
+        buffers=proposal.buffers,
+        threads=config.thread_count,
+        seed=config.seed,
+        folder=folder,
+        report_every=REPORT_EVERY,
+        faults=config.faults,
+    )
+
+
+def _effective(plan: Plan) -> dict[str, Any]:
+    """What the configuration leaves open, as it was decided."""
+    return {"threads": plan.threads, "device": "cpu", **plan.rule.derived(plan.layout.workers)}
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+    """`ValueError` if the run to resume was another one."""
+    for name in FIXED:
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            raise ValueError(
+                f"{name}={new}: the run in {run} was started with {name}={old}, and a resumed run stays what it was; "
+                f"give it as it was, or start a new run."
+            )

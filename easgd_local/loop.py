@@ -1,0 +1,323 @@
+"""The worker as the user's training function sees it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from easgd_local.attached import (
+    BUFFERS,
+    OPTIMIZER_STATES,
+    Attached,
+    Attachment,
+    Evaluation,
+    Proposal,
+    owned,
+    plain_model,
+)
+from easgd_local.batches import Batches, Loader, Positions
+from easgd_local.center import BLOCK_BYTES, Center
+from easgd_local.child import Refusal
+from easgd_local.data.sampling import independent, shard
+from easgd_local.flat import Flat
+from easgd_local.rules.base import Rule
+from easgd_local.rules.eamsgd import EAMSGD
+from easgd_local.rules.eamsgd_sync import EAMSGDSync
+from easgd_local.rules.local import Local
+
+
+class LoopWorker:
+    """One worker process of `launch` or `join`, for a training loop of your own.
+
+    rank: which worker this is, from 0; workers: how many there are, p; device: where it computes (torch.device);
+    generator: a torch.Generator on that device, seeded by the run's seed and the rank, as torch's, NumPy's and Python's
+    own generators are.
+    """
+
+    def __init__(self, rank: int, workers: int, conn: Connection, seed: int) -> None:
+        self.rank, self.workers, self.device = rank, workers, torch.device("cpu")
+        self.generator = torch.Generator(self.device).manual_seed(seed_of(seed, rank))
+        self._conn, self._seed = conn, seed
+        self._positions = Positions()
+        self._attached: Attached | None = None
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def t(self) -> int:
+        """The worker's clock: how many steps it has made, in a resumed run since the beginning of all."""
+        return self._attached.t if self._attached else 0
+
+    # The one line
+
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], rule: Rule, *, turns: str | None = None,
+        buffers: str = "average", calibrate_on: Iterable[Any] | None = None, optimizer_state: str = "local",
+        evaluate: Evaluation | None = None, evaluate_every: int = 0, stateful: Sequence[Any] = (),
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:  # fmt: skip
+        """Lays a rule over the steps of an optimizer: from here on `optimizer.step()` also meets the center.
+
+        model: on `worker.device`, with float32 parameters; every worker builds the same one, and all start from worker
+        0's values. Its parameters become views of one vector of n floats and stay the same objects.
+        optimizer: any `torch.optim.Optimizer` over parameters of the model, or several: a step is made when each has
+        stepped, and one that a GradScaler skips is none.
+        rule: `EASGD`, `EASGDSync`, `EASGDGaussSeidel`, `EAMSGD` or `EAMSGDSync` (over SGD with the same Nesterov
+        momentum), `Downpour` and its averaged forms, `LocalSGD`, `SMA`, `DiLoCo`. Their lr is the optimizer's.
+
+            d <- α(x - c),  c <- c + d,  x <- x - d,  then the optimizer's step with g at the old x     elastic, SMA
+            the optimizer's step,  then c, x <- what the rule says                                      the others
+
+        turns: the order of visits to the center; default the first that the rule is defined for.
+        buffers: BatchNorm's statistics and other float32 buffers are averaged at each exchange ("average"), computed
+        anew for the center on the batches `calibrate_on` ("recalibrate"), or left alone, and worker 0's are the
+        center's ("local"). Integers are never averaged.
+        optimizer_state: momentum and the like stay over an exchange ("local", as in the papers) or are forgotten
+        ("reset").
+        evaluate: a function of a model to names and numbers, called about every `evaluate_every` steps (0: only at the
+        end) in one worker, without gradients, with a copy of the model that has the values of the center after a
+        round, while all hold and the clock stands. `train_loss`, `test_loss` and `test_error` (a fraction) are drawn.
+        stateful: what else belongs in checkpoints: learning rate schedules, a GradScaler, anything with `state_dict`
+        and `load_state_dict`.
+        block_bytes: size of the center's blocks.
+
+        Raises `ValueError` for what cannot be attached; then all workers stop.
+        """
+        if self._attached is not None:
+            raise Refusal(
+                "attach: this worker has a model attached already, and a run has one center; put both models into one "
+                "nn.Module, or launch a second run."
+            )
+        optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        plain = plain_model(_checked_model(model, self.device))
+        _check_optimizers(plain, optimizers)
+        rule = fitted(rule, optimizers[0])
+        _check_words(rule, turns, buffers, optimizer_state, evaluate_every, calibrate_on)
+        with _refusing():
+            flat = Flat(plain)
+            if hasattr(rule, "moving_rate"):
+                rule.moving_rate(self.workers)
+        attachment = Attachment(
+            plain, optimizers, buffers, optimizer_state, evaluate, calibrate_on, _checked_stateful(stateful),
+            self._positions,
+        )  # fmt: skip
+        proposal = Proposal(
+            rule=rule, turns=turns or rule.orders[0], buffers=buffers,
+            evaluates=evaluate is not None or calibrate_on is not None, evaluate_every=evaluate_every,
+            block_bytes=block_bytes, optimizer_state=optimizer_state, model=type(plain).__name__,
+            entries=tuple(flat.entries), n=flat.n, parameters=flat.parameters,
+            t=self._state["t"] if self._state else 0, naming=flat.naming(),
+        )  # fmt: skip
+        self._meet_the_others(proposal, flat, attachment)
+
+    def _meet_the_others(self, proposal: Proposal, flat: Flat, attachment: Attachment) -> None:
+        self._conn.send(("attach", proposal))
+        plan, start, fills = self._conn.recv()
+        center = Center.attach(plan.layout, recv_handle(self._conn))
+        attached = Attached(self.rank, center, plan, flat, attachment, self._post, self._conn, start.t)
+        if fills:
+            attached.fill(self._state)
+            self._post("filled")
+        if not start.joins:
+            attached.take_up(start.saved)
+        if self._state is not None and start.saved is None:
+            attached.restore(self._state)
+        attached.bind()
+        self._post("ready")
+        t = attached.await_start()
+        if start.joins:
+            attached.join(t)
+        self._attached, self._state = attached, None
+
+    # What the loop may say and ask
+
+    def log(self, **values: float | Tensor) -> None:
+        """Records numbers, or tensors of one element, at the present step; `loss` is shown as the worker's loss."""
+        self._need("log").log(values)
+
+    def center_model(self) -> nn.Module:
+        """A copy of the model with the center's values, in evaluation mode; the worker's own model is not touched.
+
+        The center is read while others may write to it, each coordinate being old or new: good for a look at any time.
+        For numbers that are the same in every run give `evaluate` to `attach`.
+        """
+        return self._need("center_model").center_model()
+
+    def sampler(self, dataset: Any, batch_size: int, *, sampling: str = "shard") -> Batches:
+        """A batch sampler for this worker: `DataLoader(dataset, batch_sampler=worker.sampler(dataset, 32))`.
+
+        dataset: anything with a length. sampling: "shard", each sample once per epoch across the workers, or
+        "independent", every worker draws from the whole set. The order depends on the run's seed, the rank and the
+        epoch, and a resumed run goes on in mid-epoch: `for epoch in range(sampler.epoch, epochs)`. A DataLoader with
+        worker processes reads ahead, which a sampler cannot see: then use `loader`.
+        """
+        choices = {"shard": shard, "independent": independent}
+        if sampling not in choices:
+            raise Refusal(f"sampling={sampling}: must be one of {', '.join(choices)}; choose one of them.")
+        with _refusing():
+            order = choices[sampling](self._seed, self.rank, self.workers, batch_size, len(dataset))
+        batches = Batches(order, self._next_batch)
+        self._positions.add(batches)
+        return batches
+
+    def loader(self, dataset: Any, batch_size: int, *, sampling: str = "shard", **options: Any) -> Loader:
+        """A DataLoader over `sampler(dataset, batch_size, sampling=sampling)`; `options` are torch's own.
+
+        It counts the batches that the loop has got, so a run resumes at the right one also with num_workers > 0;
+        `epoch` is the sampler's.
+        """
+        if "generator" not in options:
+            options["generator"] = torch.Generator().manual_seed(seed_of(self._seed, self.rank))
+        return Loader(dataset, self.sampler(dataset, batch_size, sampling=sampling), **options)
+
+    def _next_batch(self) -> None:
+        if self._attached is not None:
+            self._attached.between_steps()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What belongs to this worker between two steps, for checkpoints of your own: weights, the rule's vectors, the
+        states of optimizers, `stateful` objects, generators and samplers, the clock.
+
+        Runs with `checkpoint_every` save it themselves, and the center with it, exactly after a round.
+        """
+        return self._need("state_dict").state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Starts from what `state_dict` gave; call it before `attach`, in every worker. The center starts from the
+        weights of worker 0's state."""
+        if self._attached is not None:
+            raise Refusal("load_state_dict: the model is attached already; load the state before attach.")
+        if not isinstance(state, dict) or "kept" not in state:
+            raise Refusal("load_state_dict: this is not what worker.state_dict() gave; load that.")
+        self._state = state
+
+    def finish(self) -> None:
+        """The loop is over: waits for the others. `launch` calls it when the function returns."""
+        if self._attached is None:
+            self._post("unattached")
+        else:
+            self._attached.finish()
+
+    def _need(self, what: str) -> Attached:
+        if self._attached is None:
+            raise Refusal(f"{what}: nothing is attached yet; call worker.attach(model, optimizer, rule) before it.")
+        return self._attached
+
+    def _post(self, kind: str, *args: Any, **values: Any) -> None:
+        self._conn.send((kind, *args, values) if values else (kind, *args))
+
+
+def seed_of(seed: int, rank: int) -> int:
+    """The seed of worker `rank`'s generators: another one for every worker and every seed of the run."""
+    return (seed * 1_000_003 + rank * 7919 + 1) % 2**63
+
+
+def fitted(rule: Rule, optimizer: Optimizer) -> Rule:
+    """The rule with the optimizer's step size; `Refusal` where the two do not go together."""
+    if not isinstance(rule, Rule):
+        raise Refusal(f"rule={rule!r}: must be a rule with its hyperparameters, such as EASGD(tau=10, beta=0.9).")
+    if not rule.attachable:
+        raise Refusal(
+            f"rule={rule.name}: makes the steps itself, so it cannot be laid over an optimizer; attach EASGD, "
+            f"Downpour, LocalSGD, SMA or DiLoCo, or train with it by easgd_local.train."
+        )
+    group = optimizer.param_groups[0]
+    usual: Any = type(rule)()
+    lr = float(group["lr"])
+    if rule.lr not in (lr, usual.lr):
+        raise Refusal(
+            f"lr={rule.lr} in the rule and {lr} in the optimizer: the step size is the optimizer's; leave lr out of "
+            f"the rule."
+        )
+    if isinstance(rule, Local) and rule.inner != usual.inner:
+        raise Refusal(
+            f"inner={rule.inner}: the local optimizer is the {type(optimizer).__name__} that is attached; leave "
+            "inner out."
+        )
+    if isinstance(rule, EAMSGD | EAMSGDSync):
+        theirs = group.get("momentum") if isinstance(optimizer, SGD) and group.get("nesterov") else None
+        if theirs != rule.momentum:
+            raise Refusal(
+                f"rule={rule.name} with momentum={rule.momentum} over {type(optimizer).__name__} with Nesterov "
+                f"momentum {theirs}: the momentum is the optimizer's; use torch.optim.SGD(momentum={rule.momentum}, "
+                f"nesterov=True), or the rule easgd, which goes with every optimizer."
+            )
+    with _refusing():
+        return replace(rule, lr=lr)
+
+
+def _checked_model(model: Any, device: torch.device) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise Refusal(f"model={type(model).__name__}: must be a torch.nn.Module; attach(model, optimizer, rule).")
+    for name, parameter in model.named_parameters():
+        if parameter.device != device:
+            raise Refusal(
+                f"{name} is on {parameter.device} and this worker computes on {device}; write model.to(worker.device) "
+                f"before the optimizer is made and the model attached."
+            )
+    return model
+
+
+def _check_optimizers(model: nn.Module, optimizers: tuple[Any, ...]) -> None:
+    if not optimizers:
+        raise Refusal("optimizer: there is none; attach(model, optimizer, rule) needs at least one.")
+    for one in optimizers:
+        if not isinstance(one, Optimizer):
+            raise Refusal(
+                f"optimizer={type(one).__name__}: must be a torch.optim.Optimizer, whose steps can be seen; derive it "
+                f"from that class."
+            )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    theirs = owned(optimizers)
+    if foreign := theirs - names.keys():
+        raise Refusal(
+            f"optimizer: {len(foreign)} of its {len(theirs)} parameters do not belong to the model, so what it moves "
+            f"would not be exchanged; make it with model.parameters() of the very model that is attached."
+        )
+
+
+def _checked_stateful(stateful: Sequence[Any]) -> tuple[Any, ...]:
+    for one in stateful:
+        if not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
+            raise Refusal(
+                f"stateful: {type(one).__name__} has no state_dict and load_state_dict, so it cannot be in a "
+                f"checkpoint; leave it out."
+            )
+    return tuple(stateful)
+
+
+def _check_words(
+    rule: Rule, turns: str | None, buffers: str, optimizer_state: str, evaluate_every: int, calibrate_on: Any
+) -> None:
+    for name, value, choices in (
+        ("turns", turns, (None, *rule.orders)), ("buffers", buffers, BUFFERS),
+        ("optimizer_state", optimizer_state, OPTIMIZER_STATES),
+    ):  # fmt: skip
+        if value not in choices:
+            raise Refusal(
+                f"{name}={value}: with the rule {rule.name} it must be one of "
+                f"{', '.join(map(str, filter(None, choices)))}; choose one of them."
+            )
+    if (buffers == "recalibrate") != (calibrate_on is not None):
+        raise Refusal(
+            f"buffers={buffers} {'with' if calibrate_on is not None else 'without'} calibrate_on: the batches to "
+            f"compute statistics on belong to buffers=recalibrate, which needs them; give both or neither."
+        )
+    if isinstance(evaluate_every, bool) or not isinstance(evaluate_every, int) or evaluate_every < 0:
+        raise Refusal(f"evaluate_every={evaluate_every!r}: must be a whole number of steps; 0 for only at the end.")
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """A `ValueError` in here is a mistake that ends the run."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refusal(str(error)) from error

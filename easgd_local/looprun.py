@@ -1,0 +1,188 @@
+"""A run whose workers' steps are made by the user's own training loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from easgd_local.attached import Proposal
+from easgd_local.center import Center
+from easgd_local.gathering import WorkerFailed, admit, check_alike
+from easgd_local.launcher import Child, Launcher, Message
+from easgd_local.metrics import Listener
+from easgd_local.run import Run
+from easgd_local.summary import Settings
+from easgd_local.visitor import Plan, Start
+
+
+@dataclass
+class Gathered:
+    """A run that is ready to start: all workers have attached and wait for the center. `filler` has it already."""
+
+    config: Settings
+    plan: Plan
+    center: Center
+    proposal: Proposal
+    starts: dict[int, Start]
+    t: int
+    seconds: float
+    warnings: list[str]
+    workers: list[Child]
+    filler: int | None
+    start_again: Callable[[int], Child]
+
+    @property
+    def model(self) -> str:
+        return self.proposal.model
+
+    @property
+    def data(self) -> None:
+        return None
+
+    @property
+    def parameters(self) -> int:
+        return self.proposal.parameters
+
+    @property
+    def own_vectors(self) -> tuple[str, ...]:
+        """Names of the vectors of n floats at each worker."""
+        return ("x", *self.plan.rule.over_local, *self.plan.rule.over_scratch)
+
+
+class LoopRun(Run):
+    """The course of a run of the user's loop; `execute` is called once. `error` is what ended it, if anything did.
+
+    The center is evaluated by the first of the workers, while all of them hold.
+    """
+
+    _prepared: Gathered
+
+    def __init__(self, gathered: Gathered, launcher: Launcher, listeners: Sequence[Listener] = ()) -> None:
+        super().__init__(gathered, listeners)
+        self._given = launcher
+        self.error: Exception | None = None
+        self._own: dict[int, dict[str, Tensor]] = {}  # by rank, at the end: what is not in the vector
+        self._asked_worker: Child | None = None
+        self._evaluates_at_end = False  # asked already
+
+    def _processes(self) -> contextlib.AbstractContextManager[Launcher]:
+        return contextlib.nullcontext(self._given)
+
+    def _described(self) -> dict[str, Any]:
+        return {"model": self._prepared.model}
+
+    def _start_worker(self, rank: int, start: Start) -> None:
+        if start.joins:
+            self._workers[rank] = self._prepared.start_again(rank)  # it is answered when it attaches
+            return
+        self._workers[rank] = self._prepared.workers[rank]
+        if rank != self._prepared.filler:
+            admit(self._workers[rank], self._center, self._plan, start)
+
+    # What workers say
+
+    def _hear(self, one: Child, message: Message) -> None:
+        match message, one.rank:
+            case ("attach", proposal), int(rank):
+                self._admit_again(one, rank, proposal)
+            case ("unattached",), int(rank):
+                self._launcher.kill(one)
+            case ("own", tensors), int(rank):
+                self._own[rank] = tensors
+            case ("event", "log", values), int(rank):
+                self._event("log", rank=rank, **values)
+            case _:
+                super()._hear(one, message)
+
+    def _admit_again(self, one: Child, rank: int, proposal: Proposal) -> None:
+        try:
+            check_alike(self._prepared.proposal, proposal, rank)
+        except ValueError as error:
+            self._abandon(error)
+            return
+        admit(one, self._center, replace(self._plan, faults=()), Start(joins=True))  # a fault strikes once
+
+    def _worker_exited(self, rank: int, cause: str | None) -> None:
+        one = self._workers[rank]
+        if one.refused:
+            self._abandon(ValueError(f"worker {rank}: {one.failure}"))
+        if self._asked_worker is one and self._asked:  # its answer will not come
+            self._snapshot_taken()
+            self._asked = None
+        super()._worker_exited(rank, cause)
+        if not self._workers and not self._finished() and self.error is None and self._stop_t < 0:
+            self.error = RuntimeError(
+                f"all workers died, the last of them worker {rank}: {cause or 'it exited'}; see {self._folder}/logs."
+            )
+            self.error.__cause__ = WorkerFailed(one.traceback) if one.traceback else None
+
+    def _abandon(self, error: Exception) -> None:
+        self.error, self._abandoned = self.error or error, True
+        self._stop_reason = self._stop_reason or str(error)
+
+    # Evaluation
+
+    @property
+    def _evaluator(self) -> Child | None:
+        able = [rank for rank in self._workers if self._tallies[rank].state in ("training", "finished")]
+        return self._workers[min(able)] if able and self._prepared.proposal.evaluates else None
+
+    def _ask(self, round: int, t: int) -> None:
+        self._asked_worker = self._evaluator
+        super()._ask(round, t)
+
+    # The end
+
+    def _dismiss_finished(self) -> None:
+        if not self._all_finished():
+            return
+        self._clock.stop()
+        if self._evaluates_at_end:
+            self._center.leave[0] = 1
+            return
+        self._evaluates_at_end = True
+        t = max(self._center.clock[rank] for rank in self._ranks)
+        self._center.take_whole_snapshot()
+        self._save_end(t)
+        self._ask(self._calendar.rounds_before(t) - 1, t)
+
+    def _save_end(self, t: int) -> None:
+        """A checkpoint of the end, to go on from with a longer loop, where runs have checkpoints."""
+        every, clocks = self._calendar.checkpoint_every, [self._center.clock[rank] for rank in self._workers]
+        if not every or (t % every == 0 and min(clocks) == t):
+            return
+        if self._in_rounds and len({self._calendar.rounds_before(clock) for clock in clocks}) > 1:
+            self._warn("no checkpoint of the end: the workers' loops made different numbers of exchanges.")
+            return
+        self._assembly.add_center(t, self._center.state())
+        self._center.save[0] = t + 1
+
+    def _stop(self) -> None:
+        if any(self._tallies[rank].state == "finished" for rank in self._workers):
+            self._warn("no checkpoint of the stop: some workers' loops were over already.")
+            self._abandoned = True
+            return
+        super()._stop()
+
+    def _finish(self) -> None:
+        self._clock.stop()
+        self._center.take_whole_snapshot()
+        self._save_stopped()
+        self._finish_checkpoints()
+
+    def center_state(self) -> dict[str, Tensor]:
+        naming, vectors = self._prepared.proposal.naming, self._center.vectors
+        c, buffers = vectors[self._plan.rule.reported].copy(), self._buffer_coordinates()
+        c[buffers] = vectors["c"][buffers]
+        if self._plan.buffers == "recalibrate" and self._buffers is not None:
+            c[buffers] = self._buffers
+        own = self._own[min(self._own)] if self._own else naming.own
+        return replace(naming, own=own).state_dict(c)
+
+    def _buffer_coordinates(self) -> slice:
+        entries = self._prepared.proposal.entries
+        return slice(min((e.start for e in entries if e.is_buffer), default=self._plan.layout.n), self._plan.layout.n)
