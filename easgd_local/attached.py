@@ -235,7 +235,7 @@ class Attached(Visitor):
         self._between_t = -1
         self.between_steps()
         self._report()
-        self._post("own", self._flat.naming().own)
+        self._post("own", self._flat.naming())
         self._post("finished")
         self._linger()
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +56,14 @@ class Naming:
             name: (self.own[name] if entry is None else entry.of(flat)).clone(memory_format=torch.contiguous_format)
             for name, entry in self.places.items()
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through a pipe of multiprocessing torch would send tensors as shared memory: here their bytes go.
+        return _naming_from, (pickle.dumps((self.places, self.own)),)
+
+
+def _naming_from(pickled: bytes) -> Naming:
+    return Naming(*pickle.loads(pickled))
 
 
 class Flat:

@@ -89,7 +89,7 @@ def _check_models(first: Sequence[Entry], other: Sequence[Entry], rank: int) -> 
 def admit(one: Child, center: Center, plan: Plan, start: Start, *, fills: bool = False) -> None:
     """Answers a worker that has attached: hands it the center and says where it takes up."""
     with contextlib.suppress(OSError):  # dead already: its exit is about to be told
-        one.conn.send((plan, start, fills))
+        one.conn.send(("center", plan, start, fills))
         send_handle(one.conn, center.fd, one.pid)
 
 

@@ -45,18 +45,14 @@ class Child:
 
     name: str
     rank: int | None
-    process: ForkServerProcess
+    pid: int
     conn: Connection
     pidfd: int
+    process: ForkServerProcess | None = None  # None for one that somebody else has started
     failure: str | None = None  # what it said before it exited with an exception
     traceback: str = ""  # and in full
     refused: bool = False  # whether that was a mistake that ends the whole run
     said: set[str] = field(default_factory=set)  # kinds of messages it has sent
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
 
 
 Message = tuple[Any, ...]
@@ -89,14 +85,17 @@ class Launcher:
         theirs.close()
         # The child waits for these descriptors before it does anything, so it cannot have exited unobserved.
         pidfd = os.pidfd_open(process.pid)
-        new = Child(name, rank, process, ours, pidfd)
-        self._children.append(new)
-        self._poll.register(pidfd, select.POLLIN)
-        self._poll.register(ours, select.POLLIN)
+        new = Child(name, rank, process.pid, ours, pidfd, process)
+        self._watch(new)
         with contextlib.suppress(OSError):  # dead already: `poll` will say so
             for fd in fds:
                 send_handle(ours, fd, process.pid)
         return new
+
+    def _watch(self, new: Child) -> None:
+        self._children.append(new)
+        self._poll.register(new.pidfd, select.POLLIN)
+        self._poll.register(new.conn, select.POLLIN)
 
     def poll(self, timeout_s: float) -> list[tuple[Child, Message]]:
         """What the children say, waiting at most `timeout_s` for the first word; an exit is told as ("exit", cause)."""
@@ -106,7 +105,7 @@ class Launcher:
             exited = one.pidfd in ready
             if exited or one.conn.fileno() in ready:
                 told += [(one, message) for message in _drain(one)]
-            if exited:
+            if exited or "gone" in one.said:
                 told.append((one, ("exit", self._bury(one))))
         return told
 
@@ -128,8 +127,9 @@ class Launcher:
 
     def _bury(self, one: Child) -> str | None:
         """Reaps an exited child, ends its descendants, and says why it died: None for a proper end."""
-        one.process.join()
-        _end_group(one.process.pid)
+        if one.process is not None:
+            one.process.join()
+            _end_group(one.pid)
         self._poll.unregister(one.pidfd)
         self._poll.unregister(one.conn)
         os.close(one.pidfd)
@@ -172,7 +172,7 @@ def _drain(one: Child) -> list[Message]:
 
 
 def _cause(one: Child) -> str | None:
-    code = one.process.exitcode
+    code = 0 if one.process is None else one.process.exitcode
     if code == 0:
         return None
     if one.failure:
@@ -184,9 +184,8 @@ def _cause(one: Child) -> str | None:
     return f"exited with code {code}"
 
 
-def _end_group(group: int | None) -> None:
+def _end_group(group: int) -> None:
     """Kills the descendants that a dead child left behind and waits for them: they may hold what the child held."""
-    assert group is not None
     deadline = time.monotonic() + DESCENDANTS_S
     try:
         os.killpg(group, signal.SIGKILL)

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
+
 from easgd_local import checkpoint, child, hardware, hosted
 from easgd_local.attached import Proposal
 from easgd_local.center import Center, Layout
@@ -24,6 +26,7 @@ from easgd_local.outset import check_room, restore, set_turns, shared_names
 from easgd_local.rules.base import make_plain
 from easgd_local.runfolder import claim, lock, saved_values, write_config
 from easgd_local.schedules import Calendar
+from easgd_local.view import Lines, Screen, open_view, summary_table
 from easgd_local.visitor import Plan, Start
 
 REPORT_EVERY = 10  # steps; slow workers report at least every two seconds
@@ -128,11 +131,12 @@ def launch(
     )  # fmt: skip
     run = None if resume is None else Path(resume)
     warm_up("easgd_local.preload_loop")
-    with _folder(config, run) as folder, Launcher(folder / "logs") as launcher:
+    with run_folder(config, run) as folder, Launcher(folder / "logs") as launcher:
         start = partial(_start, launcher, job, config)
         children = [start(rank) for rank in range(config.workers)]
         with prepare(config, folder, run, launcher, children, start) as gathered:
-            return conduct(gathered, launcher, listeners, view)
+            live = view_of(view)
+            return conduct(LoopRun(gathered, launcher, [*([live] if live else []), *listeners]), live)
 
 
 def _start(launcher: Launcher, job: hosted.Job, config: LaunchConfig, rank: int) -> Child:
@@ -141,7 +145,7 @@ def _start(launcher: Launcher, job: hosted.Job, config: LaunchConfig, rank: int)
 
 
 @contextlib.contextmanager
-def _folder(config: LaunchConfig, resume: Path | None) -> Iterator[Path]:
+def run_folder(config: LaunchConfig, resume: Path | None) -> Iterator[Path]:
     """The run folder, locked; a new one is removed again if the run does not come to its start."""
     with contextlib.ExitStack() as undo:
         if resume is not None:
@@ -191,30 +195,26 @@ def prepare(
         )  # fmt: skip
 
 
-def conduct(gathered: Gathered, launcher: Launcher, listeners: Sequence[Listener], view: bool) -> CenterState:
-    """The run from its start to its end, shown on stderr if so wanted; returns the center or raises what ended it."""
-    run: LoopRun
-    if view:
-        from rich.console import Console
-
-        from easgd_local.view import open_view, summary_table
-
-        console = Console(stderr=True)
-        with open_view(console) as live:
-            run = LoopRun(gathered, launcher, [live, *listeners])
-            summary = run.execute()
-        go_on = f'easgd_local.launch({gathered.config.to_json()["fn"]}, resume="{summary["folder"]}", ...)'
-        console.print(summary_table(summary, summary["folder"], go_on))
-    else:
-        run = LoopRun(gathered, launcher, listeners)
+def conduct(run: LoopRun, live: Screen | Lines | None) -> CenterState:
+    """The run from its start to its end; returns the center or raises what ended it."""
+    with live or contextlib.nullcontext():
         summary = run.execute()
+    folder = Path(summary["folder"])
+    if live is not None:
+        go_on = f'easgd_local.launch(..., resume="{folder}")'
+        live.console.print(summary_table(summary, folder, go_on))
     if run.error is not None:
         raise run.error
     if summary["status"] == "interrupted":
         raise KeyboardInterrupt
     if summary["status"] != "done":
-        raise RuntimeError(f"the run failed: {run.reason}; see {summary['folder']}/report.md.")
-    return CenterState(run.center_state(), Path(summary["folder"]), summary)
+        raise RuntimeError(f"the run failed: {run.reason}; see {folder}/report.md.")
+    return CenterState(run.center_state(), folder, summary)
+
+
+def view_of(wanted: bool) -> Screen | Lines | None:
+    """The view on stderr, if it is wanted."""
+    return open_view(Console(stderr=True)) if wanted else None
 
 
 def _terms(proposal: Proposal) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from easgd_local.attached import (
 )
 from easgd_local.batches import Batches, Loader, Positions
 from easgd_local.center import BLOCK_BYTES, Center
+from easgd_local.centers import CenterState
 from easgd_local.child import Refusal
 from easgd_local.data.sampling import independent, shard
 from easgd_local.flat import Flat
@@ -39,7 +40,7 @@ class LoopWorker:
 
     rank: which worker this is, from 0; workers: how many there are, p; device: where it computes (torch.device);
     generator: a torch.Generator on that device, seeded by the run's seed and the rank, as torch's, NumPy's and Python's
-    own generators are.
+    own generators are; center: after the block of `join`, the center's state dict, in every worker.
     """
 
     def __init__(self, rank: int, workers: int, conn: Connection, seed: int) -> None:
@@ -47,6 +48,7 @@ class LoopWorker:
         self.generator = torch.Generator(self.device).manual_seed(seed_of(seed, rank))
         self._conn, self._seed = conn, seed
         self._positions = Positions()
+        self.center: CenterState | None = None
         self._attached: Attached | None = None
         self._state: dict[str, Any] | None = None
 
@@ -54,6 +56,11 @@ class LoopWorker:
     def t(self) -> int:
         """The worker's clock: how many steps it has made, in a resumed run since the beginning of all."""
         return self._attached.t if self._attached else 0
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether `attach` has been called."""
+        return self._attached is not None
 
     # The one line
 
@@ -119,7 +126,11 @@ class LoopWorker:
 
     def _meet_the_others(self, proposal: Proposal, flat: Flat, attachment: Attachment) -> None:
         self._conn.send(("attach", proposal))
-        plan, start, fills = self._conn.recv()
+        match self._conn.recv():
+            case ("refused", text):
+                raise Refusal(text)
+            case (_, plan, start, fills):
+                pass
         center = Center.attach(plan.layout, recv_handle(self._conn))
         attached = Attached(self.rank, center, plan, flat, attachment, self._post, self._conn, start.t)
         if fills:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from easgd_local.attached import Proposal
 from easgd_local.center import Center
+from easgd_local.flat import Naming
 from easgd_local.gathering import WorkerFailed, admit, check_alike
 from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener
@@ -65,7 +66,7 @@ class LoopRun(Run):
         super().__init__(gathered, listeners)
         self._given = launcher
         self.error: Exception | None = None
-        self._own: dict[int, dict[str, Tensor]] = {}  # by rank, at the end: what is not in the vector
+        self._namings: dict[int, Naming] = {}  # by rank, at the end, with what is not in the vector
         self._asked_worker: Child | None = None
         self._evaluates_at_end = False  # asked already
 
@@ -91,8 +92,8 @@ class LoopRun(Run):
                 self._admit_again(one, rank, proposal)
             case ("unattached",), int(rank):
                 self._launcher.kill(one)
-            case ("own", tensors), int(rank):
-                self._own[rank] = tensors
+            case ("own", naming), int(rank):
+                self._namings[rank] = naming
             case ("event", "log", values), int(rank):
                 self._event("log", rank=rank, **values)
             case _:
@@ -175,13 +176,13 @@ class LoopRun(Run):
         self._finish_checkpoints()
 
     def center_state(self) -> dict[str, Tensor]:
-        naming, vectors = self._prepared.proposal.naming, self._center.vectors
+        naming = self._namings[min(self._namings)] if self._namings else self._prepared.proposal.naming
+        vectors = self._center.vectors
         c, buffers = vectors[self._plan.rule.reported].copy(), self._buffer_coordinates()
         c[buffers] = vectors["c"][buffers]
         if self._plan.buffers == "recalibrate" and self._buffers is not None:
             c[buffers] = self._buffers
-        own = self._own[min(self._own)] if self._own else naming.own
-        return replace(naming, own=own).state_dict(c)
+        return naming.state_dict(c)
 
     def _buffer_coordinates(self) -> slice:
         entries = self._prepared.proposal.entries

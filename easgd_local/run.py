@@ -445,6 +445,10 @@ class Run:
                 listener.tick(clocks, waiting_for=waiting_for, evaluating=list(self._workers) if self._held else [])
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Asks the run to stop: the first time with a checkpoint of all workers, the second time at once."""
         self._interrupts += 1
 
 

@@ -1,0 +1,234 @@
+"""`join`: the processes of torchrun as workers around one center.
+
+Rank 0 leads: a thread of it does what the launcher does elsewhere. The others find it through the store that torchrun
+gives and a Unix socket, over which the center's descriptor is passed; nothing of it is left when the processes end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from easgd_local import child
+from easgd_local.centers import load_center
+from easgd_local.child import Refusal
+from easgd_local.hosted import seed_all
+from easgd_local.launcher import Child, Launcher
+from easgd_local.launching import LaunchConfig, conduct, prepare, run_folder, view_of
+from easgd_local.loop import LoopWorker
+from easgd_local.looprun import LoopRun
+from easgd_local.visitor import Stopped
+
+KEY_BYTES = 32
+INTERRUPTED = 130
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextlib.contextmanager
+def join(
+    *, out: str | Path | None = None, resume: str | Path | None = None, seed: int = 0, checkpoint_every: int = 0,
+    keep: int = 3, tensorboard: bool = False, view: bool = True,
+) -> Iterator[LoopWorker]:  # fmt: skip
+    """A worker in a script that torchrun has started, `torchrun --standalone --nproc-per-node 4 script.py`.
+
+        with easgd.join() as worker:
+            train(worker)
+        if worker.rank == 0:
+            model.load_state_dict(worker.center)
+
+    The worker is that of `launch`, whose docstring says what the options mean; every process gives the same ones. The
+    block ends when all workers have come to its end. When one of them dies torchrun ends all, unlike `launch`.
+
+    Raises `ValueError` where torchrun has not started the process, on several machines, and for what cannot work;
+    `SystemExit` with 130 after an interrupted run is saved.
+    """
+    rank, workers = _place()
+    config = LaunchConfig(
+        fn=Path(getattr(__import__("__main__"), "__file__", "script")).stem, workers=workers,
+        out=None if out is None else str(out), seed=seed, checkpoint_every=checkpoint_every, keep=keep,
+        threads=torch.get_num_threads(), tensorboard=tensorboard,
+    )  # fmt: skip
+    with contextlib.ExitStack() as ends:
+        leader = _Leader(config, None if resume is None else Path(resume), view) if rank == 0 else None
+        if leader is not None:
+            leader.start()
+            ends.callback(leader.join)
+        conn = ends.enter_context(_meet(rank, leader))
+        seed_all(seed, rank)
+        worker = LoopWorker(rank, workers, conn, seed)
+        ends.enter_context(_signals(leader, worker))
+        yield from _block(worker, conn)
+
+
+def _block(worker: LoopWorker, conn: Connection) -> Iterator[LoopWorker]:
+    """The user's block, and how it ends."""
+    try:
+        yield worker
+        worker.finish()
+    except Stopped:
+        conn.send(("stopped",))
+        conn.send(("gone",))
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            conn.send(child.failure(error))
+            conn.send(("gone",))
+        raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            conn.send(("gone",))
+        raise
+    conn.send(("gone",))
+    how, what = conn.recv()
+    if how == "failed":
+        raise RuntimeError(what)
+    worker.center = load_center(what)
+
+
+def _place() -> tuple[int, int]:
+    """Rank and number of workers; `ValueError` where torchrun has not said them, or has started several machines."""
+    if missing := [name for name in NEEDED if name not in os.environ]:
+        raise ValueError(
+            f"join: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set, so torchrun has not "
+            f"started this process; use torchrun --standalone --nproc-per-node N script.py, or easgd_local.launch."
+        )
+    rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
+    if here != workers:
+        raise ValueError(
+            f"join: {here} of {workers} processes are on this machine; the center is in the memory of one machine, so "
+            f"start them all there, with --standalone."
+        )
+    return rank, workers
+
+
+@contextlib.contextmanager
+def _meet(rank: int, leader: _Leader | None) -> Iterator[Connection]:
+    """A connection to the leader. Its address and key go through torchrun's store."""
+    from torch.distributed import PrefixStore, rendezvous
+
+    store, _, _ = next(iter(rendezvous("env://")))
+    store = PrefixStore(f"easgd_local/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if leader is not None:
+        store.set("address", pickle.dumps((leader.address, leader.key)))
+        leader.store = store  # it must outlive the others' asking
+    address, key = pickle.loads(store.get("address"))
+    with Client(address, family="AF_UNIX", authkey=key) as conn:
+        conn.send(rank)
+        yield conn
+
+
+@contextlib.contextmanager
+def _signals(leader: _Leader | None, worker: LoopWorker) -> Iterator[None]:
+    """Ctrl-C and torchrun's own signal reach all processes; the leader stops the run in order, the others wait."""
+
+    def answer(number: int, frame: Any) -> None:
+        if not worker.is_attached:  # there is nothing to save yet
+            raise KeyboardInterrupt
+        if leader is not None:
+            leader.interrupt()
+
+    old = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+class _Guests(Launcher):
+    """Processes that torchrun has started: seen to end through their pidfds, never reaped here."""
+
+    def invite(self, conn: Connection) -> Child:
+        """One of them has connected and says its rank."""
+        rank, pid = conn.recv(), _peer(conn)
+        new = Child(f"worker-{rank}", rank, pid, conn, os.pidfd_open(pid))
+        self._watch(new)
+        return new
+
+    def kill(self, one: Child) -> None:
+        if one.pid != os.getpid():  # the leader's own process ends by itself
+            super().kill(one)
+
+    def close(self) -> None:
+        """Forgets them: torchrun ends what is left."""
+        for one in self.alive:
+            self._bury(one)
+
+    def _bury(self, one: Child) -> str | None:
+        self._poll.unregister(one.pidfd)
+        self._poll.unregister(one.conn)
+        os.close(one.pidfd)
+        self._children.remove(one)  # its connection stays open for the farewell
+        return one.failure
+
+    def __enter__(self) -> _Guests:
+        return self
+
+
+class _Leader(threading.Thread):
+    """What the launcher does elsewhere, in a thread of rank 0."""
+
+    def __init__(self, config: LaunchConfig, resume: Path | None, view: bool) -> None:
+        super().__init__(name="easgd-leader")
+        self._config, self._resume, self._view = config, resume, view
+        self._run: LoopRun | None = None
+        self.key, self.store = os.urandom(KEY_BYTES), None
+        name = f"\0easgd_local-{os.getpid()}-{os.urandom(8).hex()}"  # abstract: no file is left
+        self._listener = Listener(name, family="AF_UNIX", backlog=config.workers, authkey=self.key)
+        self.address = name
+
+    def interrupt(self) -> None:
+        """Stops the run in order."""
+        if self._run is not None:
+            self._run.interrupt()
+
+    def run(self) -> None:
+        """Until all have gone."""
+        conns: list[Connection] = []
+        try:
+            with self._listener, run_folder(self._config, self._resume) as folder, _Guests(folder / "logs") as guests:
+                conns += [self._listener.accept() for _ in range(self._config.workers)]
+                children = sorted((guests.invite(conn) for conn in conns), key=lambda one: one.rank or 0)
+                _say(conns, ("over", self._lead(folder, guests, children)))
+        except KeyboardInterrupt:  # the run is saved, and everybody leaves
+            pass
+        except Exception as error:
+            _say(conns, ("failed" if self._run else "refused", str(error)))
+        finally:
+            for conn in conns:
+                conn.close()
+
+    def _lead(self, folder: Path, guests: _Guests, children: list[Child]) -> str:
+        with prepare(self._config, folder, self._resume, guests, children, _no_second_start) as gathered:
+            live = view_of(self._view)
+            self._run = LoopRun(gathered, guests, [live] if live else [])
+            return str(conduct(self._run, live).folder.resolve())
+
+
+def _say(conns: list[Connection], word: tuple[str, str]) -> None:
+    """Tells all that still listen."""
+    for conn in conns:
+        with contextlib.suppress(OSError):
+            conn.send(word)
+
+
+def _no_second_start(rank: int) -> Child:
+    raise Refusal("on_failure=respawn: torchrun starts the processes, so join cannot start one again; use continue.")
+
+
+def _peer(conn: Connection) -> int:
+    """The process at the other end of a Unix socket."""
+    with socket.socket(fileno=os.dup(conn.fileno())) as one:
+        return int(struct.unpack("3i", one.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0])
