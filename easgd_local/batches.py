@@ -34,7 +34,10 @@ class Batches(torch.utils.data.Sampler[list[int]]):
         return self._per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        for number in range(self.position, self.end):
+        return self._rest(range(self.position, self.end))  # as they are now, not when the first is asked for
+
+    def _rest(self, numbers: range) -> Iterator[list[int]]:
+        for number in numbers:
             if not self._counted_by_loader:
                 self.hand_out()
             yield self._order.indices(number).tolist()

@@ -30,6 +30,7 @@ class Job:
     name: str
     pickled: bytes
     main: dict[str, str]
+    environment: dict[str, str]  # as it is now: the fork server may be older
 
     def load(self) -> tuple[Callable[..., object], tuple[Any, ...]]:
         """The function and its arguments in this process; imports the script that they come from."""
@@ -71,13 +72,12 @@ def job_of(fn: Callable[..., object], args: tuple[Any, ...]) -> Job:
             f"fn={name}: defined in a notebook or an interactive session, which new processes cannot import; write it "
             f"to a file (in a notebook with %%writefile), and import it from there."
         )
-    return Job(name, pickled, main)
+    return Job(name, pickled, main, dict(os.environ))
 
 
 def main(conn: Connection, fds: list[int], rank: int, workers: int, job: Job, seed: int, threads: int) -> None:
     """The process: the user's function from its first line to its return, then waiting for the others."""
-    for name, value in environment(rank, workers).items():
-        os.environ[name] = value
+    os.environ.update(job.environment | environment(rank, workers))
     torch.set_num_threads(threads)
     seed_all(seed, rank)
     fn, args = job.load()

@@ -214,7 +214,10 @@ class _Leader(threading.Thread):
         with prepare(self._config, folder, self._resume, guests, children, _no_second_start) as gathered:
             live = view_of(self._view)
             self._run = LoopRun(gathered, guests, [live] if live else [])
-            return str(conduct(self._run, live).folder.resolve())
+            outcome = conduct(self._run, live)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return str(outcome.folder.resolve())
 
 
 def _say(conns: list[Connection], word: tuple[str, str]) -> None:

@@ -127,15 +127,17 @@ class Launcher:
 
     def _bury(self, one: Child) -> str | None:
         """Reaps an exited child, ends its descendants, and says why it died: None for a proper end."""
-        if one.process is not None:
-            one.process.join()
-            _end_group(one.pid)
+        assert one.process is not None
+        one.process.join()
+        _end_group(one.pid)
+        code = one.process.exitcode
+        one.process.close()
         self._poll.unregister(one.pidfd)
         self._poll.unregister(one.conn)
         os.close(one.pidfd)
         one.conn.close()
         self._children.remove(one)
-        return _cause(one)
+        return _cause(one, code)
 
     def __enter__(self) -> Launcher:
         return self
@@ -171,8 +173,7 @@ def _drain(one: Child) -> list[Message]:
     return messages
 
 
-def _cause(one: Child) -> str | None:
-    code = 0 if one.process is None else one.process.exitcode
+def _cause(one: Child, code: int | None) -> str | None:
     if code == 0:
         return None
     if one.failure:

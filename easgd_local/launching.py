@@ -136,7 +136,10 @@ def launch(
         children = [start(rank) for rank in range(config.workers)]
         with prepare(config, folder, run, launcher, children, start) as gathered:
             live = view_of(view)
-            return conduct(LoopRun(gathered, launcher, [*([live] if live else []), *listeners]), live)
+            outcome = conduct(LoopRun(gathered, launcher, [*([live] if live else []), *listeners]), live)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
 
 
 def _start(launcher: Launcher, job: hosted.Job, config: LaunchConfig, rank: int) -> Child:
@@ -195,8 +198,8 @@ def prepare(
         )  # fmt: skip
 
 
-def conduct(run: LoopRun, live: Screen | Lines | None) -> CenterState:
-    """The run from its start to its end; returns the center or raises what ended it."""
+def conduct(run: LoopRun, live: Screen | Lines | None) -> CenterState | BaseException:
+    """The run from its start to its end: the center, or what ended it."""
     with live or contextlib.nullcontext():
         summary = run.execute()
     folder = Path(summary["folder"])
@@ -204,11 +207,11 @@ def conduct(run: LoopRun, live: Screen | Lines | None) -> CenterState:
         go_on = f'easgd_local.launch(..., resume="{folder}")'
         live.console.print(summary_table(summary, folder, go_on))
     if run.error is not None:
-        raise run.error
+        return run.error
     if summary["status"] == "interrupted":
-        raise KeyboardInterrupt
+        return KeyboardInterrupt()
     if summary["status"] != "done":
-        raise RuntimeError(f"the run failed: {run.reason}; see {folder}/report.md.")
+        return RuntimeError(f"the run failed: {run.reason}; see {folder}/report.md.")
     return CenterState(run.center_state(), folder, summary)
 
 

@@ -1,0 +1,198 @@
+"""Training functions for `launch`: at the top level of a module, where new processes find them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import easgd_local as easgd
+from easgd_local import data
+from easgd_local.loop import LoopWorker
+
+
+def digits() -> tuple[TensorDataset, TensorDataset]:
+    """The bundled digits for training and for testing."""
+    dataset = data.load("digits")
+    first, second = (
+        TensorDataset(torch.from_numpy(data.prepare(split.images, dataset)), torch.from_numpy(split.labels))
+        for split in (dataset.train, dataset.test)
+    )
+    return first, second
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 10))
+
+
+class Odd(nn.Module):
+    """BatchNorm, dropout, tied weights, a frozen layer and an unused head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 32)
+        self.norm = nn.BatchNorm1d(32)
+        self.square = nn.Linear(32, 32)
+        self.again = nn.Linear(32, 32)
+        self.again.weight = self.square.weight
+        self.frozen = nn.Linear(32, 32).requires_grad_(False)
+        self.head = nn.Linear(32, 10)
+        self.unused = nn.Linear(32, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.dropout(torch.relu(self.norm(self.first(x.flatten(1)))), 0.1, self.training)
+        return self.head(torch.relu(self.frozen(torch.relu(self.again(torch.relu(self.square(h)))))))
+
+
+def scores(model: nn.Module) -> dict[str, Any]:
+    inputs, targets = digits()[1].tensors
+    answers = model(inputs)
+    return {"test_loss": F.cross_entropy(answers, targets), "test_error": (answers.argmax(1) != targets).float().mean()}
+
+
+def epochs_of(
+    worker: LoopWorker, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any, epochs: int, after: Any = None
+) -> None:
+    """What everybody's loop does."""
+    for _ in range(loader.epoch, epochs):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            worker.log(loss=loss)
+            if after:
+                after()
+
+
+def train(worker: LoopWorker, epochs: int = 1, rule: Any = None, buffers: str = "average", **options: Any) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainset = digits()[0]
+    if buffers == "recalibrate":
+        options["calibrate_on"] = DataLoader(trainset, batch_size=100)
+    worker.attach(
+        model, optimizer, rule or easgd.EASGD(tau=4, beta=0.9), buffers=buffers, evaluate=scores, **options
+    )  # fmt: skip
+    epochs_of(worker, model, optimizer, worker.loader(trainset, 32), epochs)
+
+
+def resumable(worker: LoopWorker, epochs: int, stop_at: int = 0, rule: Any = None, loader_workers: int = 0) -> None:
+    """A model of every sort, an optimizer with state, a schedule; `stop_at` presses Ctrl-C in the launcher."""
+    model = Odd()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.003)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+    worker.attach(model, optimizer, rule or easgd.EASGD(tau=4), stateful=[schedule])
+    loader = worker.loader(digits()[0], 32, num_workers=loader_workers)
+
+    def after() -> None:
+        schedule.step()
+        if stop_at and worker.rank == 1 and worker.t == stop_at:
+            os.kill(int(os.environ["LAUNCHER"]), signal.SIGINT)
+
+    epochs_of(worker, model, optimizer, loader, epochs, after)
+
+
+def killed(worker: LoopWorker, epochs: int) -> None:
+    """Worker 1 dies as by the out-of-memory killer, in its second launch not."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    worker.attach(model, optimizer, easgd.EASGD(tau=4))
+    marker = Path(os.environ["MARKER"])
+
+    def after() -> None:
+        if worker.rank == 1 and worker.t == 9 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), epochs, after)
+
+
+# Mistakes
+
+
+def attach_twice(worker: LoopWorker) -> None:
+    model = nn.Linear(3, 2)
+    for other in (model, nn.Linear(5, 2)):
+        worker.attach(other, torch.optim.SGD(other.parameters(), lr=0.1), easgd.EASGD())
+
+
+def different_shapes(worker: LoopWorker) -> None:
+    model = nn.Linear(3, 2 + worker.rank)
+    worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD())
+
+
+def different_names(worker: LoopWorker) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)) if worker.rank else nn.Sequential(nn.Linear(3, 2))
+    worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD())
+
+
+def different_rules(worker: LoopWorker) -> None:
+    model = nn.Linear(3, 2)
+    worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD(tau=10 + worker.rank))
+
+
+def wrong_type(worker: LoopWorker) -> None:
+    model = nn.Linear(3, 2).to(torch.bfloat16) if worker.rank else nn.Linear(3, 2)
+    worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD())
+
+
+def wrong_device(worker: LoopWorker) -> None:
+    model = nn.Linear(3, 2, device="meta")
+    worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD())
+
+
+def another_models_optimizer(worker: LoopWorker) -> None:
+    worker.attach(nn.Linear(3, 2), torch.optim.SGD(nn.Linear(3, 2).parameters(), lr=0.1), easgd.EASGD())
+
+
+def replaced_after_attach(worker: LoopWorker) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    worker.attach(model, optimizer, easgd.EASGD(tau=2))
+    for t in range(100):
+        if worker.rank == 1 and t == 5:
+            model.weight = nn.Parameter(torch.zeros(2, 3))
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+
+
+def nothing_attached(worker: LoopWorker) -> None:
+    if worker.rank:
+        model = nn.Linear(3, 2)
+        worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD())
+
+
+def fails_before(worker: LoopWorker) -> None:
+    if worker.rank:
+        raise KeyError("no such column")
+    time.sleep(60)
+
+
+def fails_after(worker: LoopWorker) -> None:
+    model = nn.Linear(3, 2)
+    worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD())
+    model(torch.ones(1, 4))
+
+
+def bad_evaluation(worker: LoopWorker) -> None:
+    model = nn.Linear(3, 2)
+    worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD(), evaluate=lambda model: model(1))
+
+
+def exits(worker: LoopWorker) -> None:
+    sys.exit(3)
+
+
+def environment(worker: LoopWorker, folder: str) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    (Path(folder) / f"{worker.rank}").write_text(" ".join(os.environ[name] for name in names))
+    train(worker)
