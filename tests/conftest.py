@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -70,18 +71,29 @@ def nothing_left() -> Iterator[None]:
     assert descriptors() <= before
 
 
+@contextlib.contextmanager
+def unpainted() -> Iterator[None]:
+    """Pictures are saved as empty files."""
+    with mock.patch("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch()):
+        yield
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """A small training run: `run(steps=40, workers=2, ...)`; each call has a folder of its own."""
+    """A small training run: `run(steps=40, workers=2, ...)`; each call has a folder of its own.
+
+    Unless it is to be `drawn`, its curves are composed but not painted: that alone would take as long as the run.
+    """
     count = iter(range(1000))
 
-    def start(*, resume: str | None = None, **values: Any) -> dict[str, Any]:
+    def start(*, resume: str | None = None, drawn: bool = False, **values: Any) -> dict[str, Any]:
         usual = {"rule": EAMSGD(tau=3), "workers": 2, "steps": 40, "batch_size": 8, "eval_every": 0, "threads": 1}
         values = usual | values
         if resume is None:
             values.setdefault("out", str(tmp_path / f"run-{next(count)}"))
         else:
             values["out"] = resume
-        return train(Config(**values), resume=resume)
+        with contextlib.nullcontext() if drawn else unpainted():
+            return train(Config(**values), resume=resume)
 
     return start

@@ -95,7 +95,7 @@ def test_a_worker_that_raises_is_named_with_its_exception_and_its_log_has_the_tr
 
 
 def test_when_all_workers_die_the_run_has_failed(run: Runner) -> None:
-    summary = run(faults=(Fault("raise", 0, 7), Fault("kill", 1, 3)))
+    summary = run(faults=(Fault("raise", 0, 7), Fault("kill", 1, 3)), drawn=True)
     assert summary["status"] == "failed"
     assert states(summary) == ["died", "died"]
 
@@ -167,7 +167,7 @@ def test_an_interrupt_between_the_first_and_the_last_to_finish_lets_the_last_fin
 
 
 def test_a_run_that_diverges_stops_says_so_and_leaves_no_checkpoint_of_the_ruin(run: Runner) -> None:
-    summary = run(rule=EAMSGD(tau=3, lr=1e4), steps=2000, eval_every=20)
+    summary = run(rule=EAMSGD(tau=3, lr=1e4), steps=2000, eval_every=20, drawn=True)
     assert summary["status"] == "failed"
     assert summary["steps"] < 2000
     assert any("diverged; try less than lr=10000" in warning for warning in summary["warnings"])
