@@ -145,7 +145,7 @@ def test_values_that_are_not_finite_stay_out_of_the_center_and_the_worker_is_rel
 def test_an_interrupt_between_the_first_and_the_last_to_finish_lets_the_last_finish(
     tmp_path: Path, run: Runner
 ) -> None:
-    """Worker 0 finishes its 100 steps while worker 1 is held up at step 60 of them, within the same round."""
+    """Worker 0 finishes its 100 steps while worker 1 is held up at step 80 of them, within the same round."""
     values = {"rule": EASGD(tau=50), "steps": 100}
     folder = tmp_path / "run"
 
@@ -158,7 +158,7 @@ def test_an_interrupt_between_the_first_and_the_last_to_finish_lets_the_last_fin
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    stopped = run(**values, faults=(Fault("pace", 1, t=60, seconds=0.1),), out=str(folder))
+    stopped = run(**values, faults=(Fault("pace", 1, t=80, seconds=0.1),), out=str(folder))
     thread.join()
     assert stopped["status"] == "done" and stopped["test_error"] is not None
     assert [report["steps"] for report in stopped["worker_reports"]] == [100, 100]

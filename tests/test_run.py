@@ -316,14 +316,14 @@ def interrupt(folder: Path, *, after: int, number: int = signal.SIGINT) -> threa
 def test_a_run_interrupted_and_resumed_gives_the_same_center(
     workers: int, tau: int, tmp_path: Path, run: Runner
 ) -> None:
-    values = {"rule": EAMSGD(tau=tau), "workers": workers, "steps": 600, "eval_every": 20}
+    values = {"rule": EAMSGD(tau=tau), "workers": workers, "steps": 400, "eval_every": 20}
     whole = run(**values)
     folder = tmp_path / "stopped"
     thread = interrupt(folder, after=100)
     first = run(**values, out=str(folder))
     thread.join()
     assert first["status"] == "interrupted"
-    assert 100 < first["steps"] < 600
+    assert 100 < first["steps"] < 400
     second = run(**values, resume=str(folder))
     assert second["status"] == "done"
     assert second["center_sha256"] == whole["center_sha256"]
