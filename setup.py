@@ -24,6 +24,7 @@ TEST = [
     "psutil>=5.9",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.5",
     "setuptools>=77",
     "tensorboard>=2.16",
     "wheel>=0.43",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -17,7 +18,32 @@ from easgd_local.launcher import warm_up
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.training import train
 
+# Files whose tests start processes, or look at the clock: none runs beside another one.
+ALONE = {"bench", "cli", "doctor", "driver", "failures", "run", "stream_turns"}
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under xdist one process takes the tests of ALONE one after the other, the rest goes wherever there is room.
+
+    xdist's own groups (`--dist loadgroup`) are lost, without a word, where pytest is 9.2 and xdist 3.8.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Scheduling(config, log) if config.option.dist == "load" else None
+
+
+def group_of(nodeid: str) -> str:
+    """Tests of one group run in one process, in order."""
+    name = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
+    if name in ALONE:
+        return "alone"
+    return name if name == "kernels" else nodeid  # its tests share what g++ and NVRTC have compiled
 
 
 def children(pid: int | None = None) -> list[psutil.Process]:
@@ -61,7 +87,14 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 @pytest.fixture
-def nothing_left() -> Iterator[None]:
+def alone(request: pytest.FixtureRequest) -> None:
+    """For fixtures that start processes."""
+    name = request.node.nodeid
+    assert group_of(name) == "alone", f"{name} starts processes: name its file among ALONE in tests/conftest.py"
+
+
+@pytest.fixture
+def nothing_left(alone: None) -> Iterator[None]:
     """Fails the test if it leaves a process or a descriptor behind."""
     warm_up()  # the fork server and its descriptors stay for the next run
     before = descriptors()
@@ -70,18 +103,29 @@ def nothing_left() -> Iterator[None]:
     assert descriptors() <= before
 
 
+@contextlib.contextmanager
+def unpainted() -> Iterator[None]:
+    """Pictures are saved as empty files."""
+    with mock.patch("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch()):
+        yield
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """A small training run: `run(steps=40, workers=2, ...)`; each call has a folder of its own."""
+def run(tmp_path: Path, alone: None) -> Callable[..., dict[str, Any]]:
+    """A small training run: `run(steps=40, workers=2, ...)`; each call has a folder of its own.
+
+    Unless it is to be `drawn`, its curves are composed but not painted: that alone would take as long as the run.
+    """
     count = iter(range(1000))
 
-    def start(*, resume: str | None = None, **values: Any) -> dict[str, Any]:
+    def start(*, resume: str | None = None, drawn: bool = False, **values: Any) -> dict[str, Any]:
         usual = {"rule": EAMSGD(tau=3), "workers": 2, "steps": 40, "batch_size": 8, "eval_every": 0, "threads": 1}
         values = usual | values
         if resume is None:
             values.setdefault("out", str(tmp_path / f"run-{next(count)}"))
         else:
             values["out"] = resume
-        return train(Config(**values), resume=resume)
+        with contextlib.nullcontext() if drawn else unpainted():
+            return train(Config(**values), resume=resume)
 
     return start

@@ -95,7 +95,7 @@ def test_a_worker_that_raises_is_named_with_its_exception_and_its_log_has_the_tr
 
 
 def test_when_all_workers_die_the_run_has_failed(run: Runner) -> None:
-    summary = run(faults=(Fault("raise", 0, 7), Fault("kill", 1, 3)))
+    summary = run(faults=(Fault("raise", 0, 7), Fault("kill", 1, 3)), drawn=True)
     assert summary["status"] == "failed"
     assert states(summary) == ["died", "died"]
 
@@ -145,7 +145,7 @@ def test_values_that_are_not_finite_stay_out_of_the_center_and_the_worker_is_rel
 def test_an_interrupt_between_the_first_and_the_last_to_finish_lets_the_last_finish(
     tmp_path: Path, run: Runner
 ) -> None:
-    """Worker 0 finishes its 100 steps while worker 1 is held up at step 60 of them, within the same round."""
+    """Worker 0 finishes its 100 steps while worker 1 is held up at step 80 of them, within the same round."""
     values = {"rule": EASGD(tau=50), "steps": 100}
     folder = tmp_path / "run"
 
@@ -158,7 +158,7 @@ def test_an_interrupt_between_the_first_and_the_last_to_finish_lets_the_last_fin
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    stopped = run(**values, faults=(Fault("pace", 1, t=60, seconds=0.1),), out=str(folder))
+    stopped = run(**values, faults=(Fault("pace", 1, t=80, seconds=0.1),), out=str(folder))
     thread.join()
     assert stopped["status"] == "done" and stopped["test_error"] is not None
     assert [report["steps"] for report in stopped["worker_reports"]] == [100, 100]
@@ -167,7 +167,7 @@ def test_an_interrupt_between_the_first_and_the_last_to_finish_lets_the_last_fin
 
 
 def test_a_run_that_diverges_stops_says_so_and_leaves_no_checkpoint_of_the_ruin(run: Runner) -> None:
-    summary = run(rule=EAMSGD(tau=3, lr=1e4), steps=2000, eval_every=20)
+    summary = run(rule=EAMSGD(tau=3, lr=1e4), steps=2000, eval_every=20, drawn=True)
     assert summary["status"] == "failed"
     assert summary["steps"] < 2000
     assert any("diverged; try less than lr=10000" in warning for warning in summary["warnings"])

@@ -353,10 +353,12 @@ def test_on_a_quadratic_the_center_converges_at_the_rate_of_the_composite_map(ru
     assert measured == pytest.approx(predicted, rel=np.log(30) / periods)
 
 
-@pytest.mark.parametrize("rule", each_rule(lr=0.02, tau=1, momentum=0.5, inner="sgd", full_steps=0), ids=named)
+@pytest.mark.parametrize(
+    "rule", each_rule(lr=0.06, tau=1, momentum=0.5, inner="sgd", full_steps=0, average_rate=0.003), ids=named
+)
 def test_every_rule_finds_the_minimum_of_a_quadratic(rule: Rule) -> None:
     workers = 1 if rule.sequential else 3
-    done = train(rule, workers, 1500, lambda i, t, x: x - np.float32(3), turns=in_order(rule))
+    done = train(rule, workers, 500, lambda i, t, x: x - np.float32(3), turns=in_order(rule))
     trained = np.concatenate([np.arange(N)[layer] for layer in threads.LAYERS])
     reached = np.abs(done.shared[rule.reported][trained] - 3).max()
     slow = {"asgd": 0.2, "adownpour": 0.1, "mvasgd": 1.5, "mvadownpour": 0.2}  # the mean over time remembers the start

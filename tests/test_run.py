@@ -316,14 +316,14 @@ def interrupt(folder: Path, *, after: int, number: int = signal.SIGINT) -> threa
 def test_a_run_interrupted_and_resumed_gives_the_same_center(
     workers: int, tau: int, tmp_path: Path, run: Runner
 ) -> None:
-    values = {"rule": EAMSGD(tau=tau), "workers": workers, "steps": 600, "eval_every": 20}
+    values = {"rule": EAMSGD(tau=tau), "workers": workers, "steps": 400, "eval_every": 20}
     whole = run(**values)
     folder = tmp_path / "stopped"
     thread = interrupt(folder, after=100)
     first = run(**values, out=str(folder))
     thread.join()
     assert first["status"] == "interrupted"
-    assert 100 < first["steps"] < 600
+    assert 100 < first["steps"] < 400
     second = run(**values, resume=str(folder))
     assert second["status"] == "done"
     assert second["center_sha256"] == whole["center_sha256"]
@@ -371,12 +371,13 @@ def test_a_run_continues_from_its_center_with_another_number_of_workers(run: Run
 
 
 def test_the_run_folder_is_complete(run: Runner) -> None:
-    summary = run(steps=40, eval_every=10, workers=3)
+    summary = run(steps=40, eval_every=10, workers=3, drawn=True)
     folder = Path(summary["folder"])
     present = {path.name for path in folder.iterdir()}
     assert present == {
         "config.json", "metrics.jsonl", "summary.json", "center.safetensors", "curves.png", "report.md", "logs",
     }  # fmt: skip
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     saved = json.loads((folder / "summary.json").read_text())
     assert saved.items() <= summary.items()
     for key in ("status", "rule", "workers", "steps", "exchanges", "seconds", "samples_per_s", "wait_s", "exchange_s",
