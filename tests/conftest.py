@@ -18,14 +18,18 @@ from easgd_local.launcher import warm_up
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.training import train
 
-# Files whose tests start processes, or look at the clock: none runs beside another one.
-ALONE = {"bench", "cli", "doctor", "driver", "failures", "run", "stream_turns"}
+# Files whose tests start processes: none runs beside another one of its group, and only those of "alone" look at the
+# clock.
+GROUPS = {
+    "alone": {"bench", "cli", "doctor", "driver", "failures", "run", "stream_turns"},
+    "loops": {"examples", "joining", "launching"},
+}
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under xdist one process takes the tests of ALONE one after the other, the rest goes wherever there is room.
+    """Under xdist one process takes the tests of a group one after the other, the rest goes wherever there is room.
 
     xdist's own groups (`--dist loadgroup`) are lost, without a word, where pytest is 9.2 and xdist 3.8.
     """
@@ -41,8 +45,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def group_of(nodeid: str) -> str:
     """Tests of one group run in one process, in order."""
     name = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
-    if name in ALONE:
-        return "alone"
+    for group, names in GROUPS.items():
+        if name in names:
+            return group
     return name if name == "kernels" else nodeid  # its tests share what g++ and NVRTC have compiled
 
 
@@ -90,13 +95,13 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 def alone(request: pytest.FixtureRequest) -> None:
     """For fixtures that start processes."""
     name = request.node.nodeid
-    assert group_of(name) == "alone", f"{name} starts processes: name its file among ALONE in tests/conftest.py"
+    assert group_of(name) in GROUPS, f"{name} starts processes: name its file among GROUPS in tests/conftest.py"
 
 
 @pytest.fixture
 def nothing_left(alone: None) -> Iterator[None]:
     """Fails the test if it leaves a process or a descriptor behind."""
-    warm_up()  # the fork server and its descriptors stay for the next run
+    warm_up("easgd_local.preload_loop")  # the fork server and its descriptors stay for the next run
     before = descriptors()
     yield
     assert eventually(lambda: not children(), 5), f"processes left: {children()}"

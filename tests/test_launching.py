@@ -16,7 +16,7 @@ import torch
 import easgd_local as easgd
 from easgd_local import metrics
 from tests import loops
-from tests.conftest import children, eventually
+from tests.conftest import children, eventually, unpainted
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 Launch = Callable[..., easgd.CenterState]
@@ -32,7 +32,8 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
         usual = {"workers": 2, "threads": 1, "view": False}
         if "resume" not in options:
             usual["out"] = str(tmp_path / f"run-{next(count)}")
-        return easgd.launch(fn, args=args, **(usual | options))
+        with unpainted():
+            return easgd.launch(fn, args=args, **(usual | options))
 
     return start
 
@@ -124,15 +125,15 @@ def test_workers_see_the_variables_that_torchrun_sets(launch, tmp_path):
 
 @pytest.mark.parametrize("fn, kind, message", [
     (loops.attach_twice, ValueError, r"^worker \d: attach: this worker has a model attached already"),
-    (loops.different_shapes, ValueError, r"^model: weight has shape \(2, 3\).* in worker 0 and \(3, 3\).* in worker 1; bu"),
-    (loops.different_names, ValueError, r"^model: worker 1's differs from worker 0's \(1\.\w+ is only in one of them\)"),
+    (loops.different_shapes, ValueError, r"^model: weight has shape \(2, 3\).* in worker 0 and \(3, 3\)"),
+    (loops.different_names, ValueError, r"^model: worker 1's differs from worker 0's \(1\.\w+ is only in one"),
     (loops.different_rules, ValueError, r"^rule: worker 0 attached EASGD\(.*tau=10.* and worker 1 EASGD\(.*tau=11"),
     (loops.wrong_type, ValueError, r"^worker 1: weight has dtype torch.bfloat16.*call model.float\(\)"),
-    (loops.wrong_device, ValueError, r"^worker \d: weight is on meta .* computes on cpu; write model.to\(worker.device\)"),
+    (loops.wrong_device, ValueError, r"^worker \d: weight is on meta .* computes on cpu; write model.to"),
     (loops.another_models_optimizer, ValueError, r"^worker \d: optimizer: 2 of its 2 parameters do not belong"),
     (loops.replaced_after_attach, ValueError, r"^worker 1: weight: was replaced after attach"),
     (loops.nothing_attached, ValueError, r"^fn: returned in worker 0 without worker.attach"),
-    (loops.fails_before, RuntimeError, r"^worker 1 ended before it had attached a model: KeyError: 'no such column'\.$"),
+    (loops.fails_before, RuntimeError, r"^worker 1 ended before it had attached a model: KeyError: 'no such"),
     (loops.fails_after, RuntimeError, r"^all workers died, the last of them worker \d: RuntimeError: .*mat1 and mat2"),
     (loops.bad_evaluation, ValueError, r"^worker 0: evaluate: raised TypeError"),
     (loops.exits, RuntimeError, r"^worker \d ended before it had attached a model: exited with code 3\.$"),
