@@ -113,7 +113,6 @@ def summarize(
     for report in reports:
         del report["predecessors"]
     samples = sum(tally.samples for tally in tallies)
-    unscored: dict[str, float | None] = dict.fromkeys(("train_loss", "test_loss", "test_error"))
     return {
         "rule": plan.rule.name,
         "model": prepared.model,
@@ -126,7 +125,8 @@ def summarize(
         "samples_per_s": samples / spent if spent else None,
         "wait_s": sum(tally.wait_s for tally in tallies),
         "exchange_s": sum(tally.exchange_s for tally in tallies),
-        **(unscored | scores),
+        **{name: scores.get(name) for name in ("train_loss", "test_loss", "test_error")},
+        "scores": scores,
         "center_sha256": prepared.center.sha256(),
         "parameters": prepared.parameters,
         "vectors": _sizes(prepared),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from easgd_local.metrics import Event
 from easgd_local.view import notable
+from easgd_local.wording import further_scores
 
 # event kind -> (value, name in TensorBoard, factor)
 SCALARS = {
@@ -43,6 +44,13 @@ class TensorBoard:
             if event.get(name) is not None:
                 tag = f"{shown}/worker {event['rank']}" if event["kind"] == "worker" else shown
                 self._writer.add_scalar(tag, factor * event[name], event["t"])
+        if event["kind"] == "center":
+            for name, value in further_scores(event).items():
+                self._writer.add_scalar(f"center/{name}", value, event["t"])
+        if event["kind"] == "log":
+            for name, value in event.items():
+                if name not in ("kind", "t", "seconds", "rank", "nonfinite"):
+                    self._writer.add_scalar(f"{name}/worker {event['rank']}", value, event["t"])
         if line := notable(event):
             self._writer.add_text("events", line, event["t"])
 

@@ -26,6 +26,7 @@ from easgd_local.wording import (
     best,
     clock_text,
     count_text,
+    further_scores,
     loss_text,
     percent_text,
     seconds_text,
@@ -134,13 +135,13 @@ class Board:
         """The center's losses, named, at which step, and the best so far."""
         if self.center is None:
             return ["not evaluated yet"]
-        facts = [
-            f"at step {count_text(self.center['t'])}",
-            f"center training loss {loss_text(self.center.get('train_loss'))}",
-            f"center test loss {loss_text(self.center.get('test_loss'))}",
-        ]
+        facts = [f"at step {count_text(self.center['t'])}"]
+        for name, shown in (("train_loss", "center training loss"), ("test_loss", "center test loss")):
+            if name in self.center:
+                facts.append(f"{shown} {loss_text(self.center[name])}")
         if self.center.get("test_error") is not None:
             facts.append(f"test error {percent_text(self.center['test_error'])}")
+        facts += [f"{name} {loss_text(value)}" for name, value in further_scores(self.center).items()]
         if self.best is not None:
             facts.append(f"best {percent_text(self.best['test_error'])} at step {count_text(self.best['t'])}")
         return facts

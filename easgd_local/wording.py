@@ -12,6 +12,8 @@ from typing import Any
 from easgd_local.metrics import Event
 
 UNKNOWN = "not known"
+# What every evaluation of the center tells, or every event.
+CENTER = {"kind", "t", "seconds", "round", "evaluate_s", "train_loss", "test_loss", "test_error", "nonfinite"}
 
 
 def loss_text(value: float | None) -> str:
@@ -56,19 +58,29 @@ def best(events: Iterable[Event]) -> Event | None:
     return min(tested, key=lambda e: e["test_error"], default=None)
 
 
+def further_scores(event: Event) -> dict[str, float]:
+    """What an evaluation of the user's own has measured beside the losses and the test error."""
+    return {name: value for name, value in event.items() if name not in CENTER and isinstance(value, int | float)}
+
+
 def summary_rows(summary: dict[str, Any], events: Sequence[Event] = ()) -> list[tuple[str, str]]:
     """(what, value with unit) of a finished run."""
     get = summary.get
     lowest = best(events)
     evaluated, steps = get("evaluated_at"), get("steps")
     at = "" if evaluated is None or evaluated == steps else f" at step {count_text(evaluated)}"
+    scores = [
+        ("center training loss", loss_text(get("train_loss")) + at, "train_loss"),
+        ("center test loss", loss_text(get("test_loss")) + at, "test_loss"),
+        ("center test error", percent_text(get("test_error")) + at, "test_error"),
+    ]
+    measured = set(get("scores") or [name for *_, name in scores])  # a user's own evaluation may measure less, or more
     rows = [
         ("status", str(get("status") or UNKNOWN)),
         ("worker steps", count_text(get("steps"))),
         ("exchanges, all workers together", count_text(get("exchanges"))),
-        ("center training loss", loss_text(get("train_loss")) + at),
-        ("center test loss", loss_text(get("test_loss")) + at),
-        ("center test error", percent_text(get("test_error")) + at),
+        *((what, value) for what, value, name in scores if name in measured),
+        *((f"center {name}", loss_text(value) + at) for name, value in further_scores(get("scores") or {}).items()),
         ("training time", seconds_text(get("seconds"))),
         ("evaluation time, not counted above", seconds_text(get("evaluate_s"))),
         ("samples", count_text(get("samples"))),
@@ -79,7 +91,8 @@ def summary_rows(summary: dict[str, Any], events: Sequence[Event] = ()) -> list[
     ]
     if lowest is not None:
         at = f"at step {count_text(lowest['t'])}, {seconds_text(lowest['seconds'])}"
-        rows.insert(6, ("best center test error", f"{percent_text(lowest['test_error'])} {at}"))
+        place = [what for what, _ in rows].index("training time")
+        rows.insert(place, ("best center test error", f"{percent_text(lowest['test_error'])} {at}"))
     return rows
 
 

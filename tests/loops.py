@@ -198,3 +198,16 @@ def environment(worker: LoopWorker, folder: str) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     (Path(folder) / f"{worker.rank}").write_text(" ".join(os.environ[name] for name in names))
     train(worker)
+
+
+def epochs_forever(worker: LoopWorker) -> None:
+    """Leaves a mark in the run folder when it is under way."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    worker.attach(model, optimizer, easgd.EASGD(tau=4))
+
+    def after() -> None:
+        if worker.t == 10:
+            Path("run", "under-way").touch()
+
+    epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), 10**6, after)

@@ -1,0 +1,110 @@
+"""`join`: the same runs under torchrun, whose processes the launcher does not own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+import easgd_local as easgd
+from easgd_local import joining
+from tests import loops
+from tests.conftest import eventually, unpainted
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import pathlib
+import easgd_local as easgd
+from tests import loops
+
+with easgd.join(view=False, **OPTIONS) as worker:
+    LOOP
+pathlib.Path(f"after-{worker.rank}").write_text(f"{worker.center.folder.name} {len(worker.center)}")
+"""
+
+
+def torchrun(folder: Path, loop: str, options: str = "", processes: int = 2) -> subprocess.Popen[str]:
+    """A script that joins, under torchrun, in a process group of its own."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT.replace("**OPTIONS", f"out='run', {options}").replace("LOOP", loop))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def ended(one: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, output and errors; nothing of it may be left."""
+    try:
+        out, err = one.communicate(timeout=45)
+    finally:
+        left = [p for p in psutil.process_iter() if _in_session(p, one.pid)]
+        for process in left:
+            process.kill()
+    assert not left, left
+    return one.returncode, out, err
+
+
+def _in_session(process: psutil.Process, session: int) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == session
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return False
+
+
+def test_a_run_under_torchrun_is_the_same_as_a_launched_one(tmp_path):
+    code, _, err = ended(torchrun(tmp_path, "loops.train(worker)"))
+    assert code == 0, err
+    assert [(tmp_path / f"after-{rank}").read_text() for rank in range(2)] == ["run 9", "run 9"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    with unpainted():
+        launched = easgd.launch(loops.train, workers=2, threads=1, view=False, out=tmp_path / "launched")
+    assert summary["center_sha256"] == launched.summary["center_sha256"]
+    assert [report["state"] for report in summary["worker_reports"]] == ["finished", "finished"]
+
+
+def test_a_signal_to_torchrun_stops_the_run_with_a_checkpoint(tmp_path):
+    stops = "loops.epochs_forever(worker)"
+    one = torchrun(tmp_path, stops)
+    assert eventually(lambda: (tmp_path / "run" / "under-way").exists(), 30)
+    one.send_signal(signal.SIGTERM)
+    code, _, err = ended(one)
+    assert code != 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted", err
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert {path.name for path in saved.iterdir()} == {
+        "manifest.json", "center.safetensors", "worker-0.pt", "worker-1.pt"
+    }  # fmt: skip
+
+
+def test_workers_with_different_models_are_told_in_one_sentence_each(tmp_path):
+    code, _, err = ended(torchrun(tmp_path, "loops.different_shapes(worker)"))
+    assert code == 1
+    assert "Refusal: model: weight has shape (2, 3), strides (3, 1) in worker 0 and (3, 3)" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_torchrun_join_says_what_to_do(monkeypatch):
+    for name in joining.NEEDED:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r"^join: RANK, .* are not set, so torchrun has not started this process; use"):
+        with easgd.join():
+            pass
+
+
+def test_join_refuses_several_machines(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ValueError, match=r"^join: 4 of 8 processes are on this machine; the center is in the memory"):
+        with easgd.join():
+            pass
