@@ -26,12 +26,12 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     modes, momenta = {module: module.training for module in model.modules()}, [norm.momentum for norm in norms]
     device, count = next(model.parameters()).device, 0
     model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches to come
-        norm.train()
     try:
         for batch in batches:
+            for norm in norms if not count else ():
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average over the batches to come
+                norm.train()
             inputs: Tensor = batch[0] if isinstance(batch, tuple | list) else batch
             model(inputs.to(device))
             count += 1

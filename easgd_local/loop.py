@@ -65,10 +65,10 @@ class LoopWorker:
     # The one line
 
     def attach(
-        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], rule: Rule, *, turns: str | None = None,
-        buffers: str = "average", calibrate_on: Iterable[Any] | None = None, optimizer_state: str = "local",
-        evaluate: Evaluation | None = None, evaluate_every: int = 0, stateful: Sequence[Any] = (),
-        block_bytes: int = BLOCK_BYTES,
+        self, model: nn.Module, optimizer: Optimizer | list[Optimizer] | tuple[Optimizer, ...], rule: Rule, *,
+        turns: str | None = None, buffers: str = "average", calibrate_on: Iterable[Any] | None = None,
+        optimizer_state: str = "local", evaluate: Evaluation | None = None, evaluate_every: int = 0,
+        stateful: Sequence[Any] = (), block_bytes: int = BLOCK_BYTES,
     ) -> None:  # fmt: skip
         """Lays a rule over the steps of an optimizer: from here on `optimizer.step()` also meets the center.
 
@@ -102,7 +102,7 @@ class LoopWorker:
                 "attach: this worker has a model attached already, and a run has one center; put both models into one "
                 "nn.Module, or launch a second run."
             )
-        optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        optimizers = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
         plain = plain_model(_checked_model(model, self.device))
         _check_optimizers(plain, optimizers)
         rule = fitted(rule, optimizers[0])
@@ -242,15 +242,15 @@ def fitted(rule: Rule, optimizer: Optimizer) -> Rule:
     group = optimizer.param_groups[0]
     usual: Any = type(rule)()
     lr = float(group["lr"])
-    if rule.lr not in (lr, usual.lr):
-        raise Refusal(
-            f"lr={rule.lr} in the rule and {lr} in the optimizer: the step size is the optimizer's; leave lr out of "
-            f"the rule."
-        )
     if isinstance(rule, Local) and rule.inner != usual.inner:
         raise Refusal(
             f"inner={rule.inner}: the local optimizer is the {type(optimizer).__name__} that is attached; leave "
             "inner out."
+        )
+    if rule.lr not in (lr, usual.lr):
+        raise Refusal(
+            f"lr={rule.lr} in the rule and {lr} in the optimizer: the step size is the optimizer's; leave lr out of "
+            f"the rule."
         )
     if isinstance(rule, EAMSGD | EAMSGDSync):
         theirs = group.get("momentum") if isinstance(optimizer, SGD) and group.get("nesterov") else None
