@@ -34,6 +34,7 @@ LAYERS = (
     ("worker",),
     ("devices", "doctor"),
     ("gradient", "stream_turns"),
+    ("simulate.*",),
     ("metrics", "view", "report", "curves", "wording", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),
     ("rules.*",),
     ("optimizers",),
