@@ -162,27 +162,39 @@ class Digits:
         return [x[layer].reshape(shape) for layer, shape in zip(self.layers, self._shapes, strict=True)]
 
 
-PROBLEMS = ("quadratic", "logistic", "digits")
+DEFAULTS = {"dimension": 32, "condition": 100.0, "sigma": 1.0, "batch_size": 16}
+PROBLEMS: dict[str, tuple[Callable[..., Problem], tuple[str, ...]]] = {
+    "quadratic": (Quadratic, ("dimension", "condition", "sigma")),
+    "logistic": (Logistic, ("dimension", "condition", "sigma", "batch_size")),
+    "digits": (Digits, ("batch_size",)),
+}
 
 
-def make_problem(
-    name: str, *, seed: int = 0, dimension: int = 32, condition: float = 100.0, sigma: float = 1.0, batch_size: int = 16
-) -> Problem:
-    """The problem of that name; `ValueError` for an unknown one, and for numbers that make none."""
-    for what, value, least in (("dimension", dimension, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"{what}={value}: must be at least {least}; choose a larger value.")
-    if not 1 <= condition <= 1e6:
-        raise ValueError(f"condition={condition:g}: largest curvature over smallest lies in [1, 10^6]; try 100.")
-    if not 0 <= sigma < float("inf"):
-        raise ValueError(f"sigma={sigma:g}: the noise's standard deviation must be at least 0 and finite; try 1.")
-    if name == "quadratic":
-        return Quadratic(seed, dimension=dimension, condition=condition, sigma=sigma)
-    if name == "logistic":
-        return Logistic(seed, dimension=dimension, condition=condition, sigma=sigma, batch_size=batch_size)
-    if name == "digits":
-        return Digits(seed, batch_size=batch_size)
-    raise ValueError(f"problem={name}: must be one of {', '.join(PROBLEMS)}; choose one of them.")
+def make_problem(name: str, *, seed: int = 0, **given: Any) -> Problem:
+    """The problem of that name; `ValueError` for an unknown one, for a value that it has not, and for bad ones.
+
+    given: dimension, condition and sigma of the quadratic and of logistic regression, batch_size of the latter and of
+    the digits.
+    """
+    if name not in PROBLEMS:
+        raise ValueError(f"problem={name}: must be one of {', '.join(PROBLEMS)}; choose one of them.")
+    kind, own = PROBLEMS[name]
+    for what, value in given.items():
+        if what not in own:
+            raise ValueError(f"{what}={value}: the problem {name} has no {what}, only {', '.join(own)}; leave it out.")
+    values: dict[str, Any] = {what: given.get(what, DEFAULTS[what]) for what in own}
+    for what, least in (("dimension", 1), ("batch_size", 1)):
+        if values.get(what, least) < least:
+            raise ValueError(f"{what}={values[what]}: must be at least {least}; the default is {DEFAULTS[what]}.")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: must be at least 0; choose another one.")
+    if not 1 <= values.get("condition", 1) <= 1e6:
+        raise ValueError(
+            f"condition={values['condition']:g}: the largest curvature over the smallest lies in [1, 10^6]; try 100."
+        )
+    if not 0 <= values.get("sigma", 0) < float("inf"):
+        raise ValueError(f"sigma={values['sigma']:g}: a standard deviation must be at least 0 and finite; try 1.")
+    return kind(seed, **values)
 
 
 def _runs(n: int) -> list[slice]:

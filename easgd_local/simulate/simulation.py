@@ -44,7 +44,7 @@ class Scenario:
     seed: int = 0
     target: float = 0.05
     stops: bool = False
-    points: int = 200
+    points: int = 1000
     block_bytes: int = BLOCK_BYTES
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Scenario:
         if not 0 < self.target < 1:
             raise ValueError(f"target={self.target:g}: the share of the error at the start lies in (0, 1); try 0.05.")
         if self.points < 1:
-            raise ValueError(f"points={self.points}: the center is measured at least once; try 200.")
+            raise ValueError(f"points={self.points}: the center is measured at least once; try 1000.")
         rule.derived(p)  # says so where α would leave [0, 1]
 
     @property
