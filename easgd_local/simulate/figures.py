@@ -40,7 +40,7 @@ def runs(found: Sequence[Cell], measure: str, target: float) -> Figure:
             ax.set(xlabel=label, ylabel=f"{measure} of the center", yscale="log", ylim=_height(shown, target))
             ax.xaxis.set_major_formatter(_thousands())
         stale.set(xlabel="staleness (updates of a block by others between two visits)", ylabel="share of visits (%)")
-        stale.set(xlim=(-0.5, None), ylim=(0, 105))
+        stale.set(xlim=(-0.5, None), ylim=(0, None))
         if max(max(cell.best.staleness) for cell in shown) > 50:
             stale.set_xscale("symlog", linthresh=10)
             stale.xaxis.set_major_formatter(_thousands())
@@ -71,13 +71,14 @@ def sweep(table: Mapping[str, Sequence[Sequence[Cell]]], target: float) -> Figur
     from matplotlib import rc_context
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     finite = [cell.seconds for rows in table.values() for row in rows for cell in row if math.isfinite(cell.seconds)]
-    norm = LogNorm(min(finite, default=1), max(max(finite, default=1), 1.01 * min(finite, default=1)))
+    norm = LogNorm(min(finite, default=1), max([*finite, 3 * min(finite, default=1)]))
     height = max(len(rows) for rows in table.values())
     width = max(len(row) for rows in table.values() for row in rows)
     with rc_context(LOOKS):
-        fig = Figure(figsize=(2.2 + 0.95 * width * len(table), 2.6 + 0.8 * height), layout="constrained")
+        fig = Figure(figsize=(max(6.0, 2.2 + 0.95 * width * len(table)), 2.6 + 0.8 * height), layout="constrained")
         axes = fig.subplots(1, len(table), squeeze=False)[0]
         for ax, (rule, rows) in zip(axes, table.items(), strict=True):
             seconds = np.array([[cell.seconds for cell in row] for row in rows])
@@ -93,9 +94,11 @@ def sweep(table: Mapping[str, Sequence[Sequence[Cell]]], target: float) -> Figur
                     _write(ax, x, y, cell, row[0], norm)
         bar = fig.colorbar(image, ax=list(axes), extend="neither")
         bar.set_label("virtual seconds to the target")
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         bar.ax.yaxis.set_major_formatter(_thousands())
-        heading = f"Time to {100 * target:g} % of the error at the start; how many times faster than the first column"
-        fig.suptitle(heading, fontsize=13, fontweight="bold")
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+        heading = f"Time to {100 * target:g} % of the error at the start\n×: how much faster than the first column"
+        fig.suptitle(heading, fontsize=12, fontweight="bold")
     return fig
 
 

@@ -103,10 +103,13 @@ class Logistic:
 
     def _minimum(self) -> NDArray[np.float64]:
         x, a = np.zeros(self.n), self._signed.astype(np.float64)
-        for _ in range(30):
+        for _ in range(50):
             s = _sigmoid(-(a @ x))
             slope = WEIGHT_DECAY * x - a.T @ s / SAMPLES
-            x -= np.linalg.solve((a * (s * (1 - s))[:, None]).T @ a / SAMPLES + WEIGHT_DECAY * np.eye(self.n), slope)
+            step = np.linalg.solve((a * (s * (1 - s))[:, None]).T @ a / SAMPLES + WEIGHT_DECAY * np.eye(self.n), slope)
+            x -= step
+            if np.abs(step).max() < 1e-9:  # Newton's error squares at each step
+                break
         return x
 
 

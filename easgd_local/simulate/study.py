@@ -114,7 +114,10 @@ def sweep_line(row: Sequence[Cell], target: float) -> str:
     for cell in row[1:]:
         gain = f" ({first.seconds / cell.seconds:.2g}×)" if math.isfinite(first.seconds + cell.seconds) else ""
         parts.append(f"{cell.workers:,}: {_seconds(cell)}{gain}")
-    return f"{first.rule}, τ = {first.tau}: to {100 * target:g} % of the start {', '.join(parts)}; {end_of_help(row)}."
+    full = first.best.limits.memory_full_at
+    memory = "" if math.isinf(full) else f" (the center's memory is full with {math.ceil(full):,})"
+    start = f"{first.rule}, τ = {first.tau}: to {100 * target:g} % of the start"
+    return f"{start} {', '.join(parts)}; {end_of_help(row)}{memory}."
 
 
 def end_of_help(row: Sequence[Cell]) -> str:
