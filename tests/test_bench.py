@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
-NAMES = ("delay", "exchange", "partial", "startup", "throughput", "tune")
+NAMES = ("delay", "exchange", "partial", "simulate", "startup", "throughput", "tune")
 
 
 def run(*words: object) -> str:

@@ -39,6 +39,7 @@ def runs(found: Sequence[Cell], measure: str, target: float) -> Figure:
             ax.axhline(target * start, color="black", linestyle=":", linewidth=1.2)
             ax.set(xlabel=label, ylabel=f"{measure} of the center", yscale="log", ylim=_height(shown, target))
             ax.xaxis.set_major_formatter(_thousands())
+            _decades(ax.yaxis)
         stale.set(xlabel="staleness (updates of a block by others between two visits)", ylabel="share of visits (%)")
         stale.set(xlim=(-0.5, None), ylim=(0, None))
         if max(max(cell.best.staleness) for cell in shown) > 50:
@@ -71,7 +72,6 @@ def sweep(table: Mapping[str, Sequence[Sequence[Cell]]], target: float) -> Figur
     from matplotlib import rc_context
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     finite = [cell.seconds for rows in table.values() for row in rows for cell in row if math.isfinite(cell.seconds)]
     norm = LogNorm(min(finite, default=1), max([*finite, 3 * min(finite, default=1)]))
@@ -94,9 +94,7 @@ def sweep(table: Mapping[str, Sequence[Sequence[Cell]]], target: float) -> Figur
                     _write(ax, x, y, cell, row[0], norm)
         bar = fig.colorbar(image, ax=list(axes), extend="neither")
         bar.set_label("virtual seconds to the target")
-        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        bar.ax.yaxis.set_major_formatter(_thousands())
-        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+        _decades(bar.ax.yaxis)
         heading = f"Time to {100 * target:g} % of the error at the start\n×: how much faster than the first column"
         fig.suptitle(heading, fontsize=12, fontweight="bold")
     return fig
@@ -141,6 +139,15 @@ def _height(shown: Sequence[Cell], target: float) -> tuple[float, float]:
     errors = np.concatenate([cell.best.curve["error"] for cell in shown])
     least = min(float(np.min(errors[errors > 0], initial=start)), target * start)
     return least / 1.5, 2 * start
+
+
+def _decades(axis: Any) -> None:
+    """Plain numbers at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(_thousands())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _thousands() -> Any:
