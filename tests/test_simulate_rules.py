@@ -29,6 +29,7 @@ from tests.test_rules import CASES, in_order, named
 from tests.threads import LAYERS, N, noisy_quadratic, starting_point
 
 UNEQUAL = Machine(step_s=1.0, spread=0.5, straggler=2.0, speeds=(1.0, 0.7, 1.3), parameters=1e9)
+AT_ONCE = Machine(step_s=1.0, link_gb_per_s=np.inf, memory_gb_per_s=np.inf, latency_s=0)
 
 
 @dataclass
@@ -59,10 +60,11 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
     return one.tobytes() == other.tobytes()
 
 
+@pytest.mark.parametrize("machine", [UNEQUAL, AT_ONCE], ids=["unequal", "at once"])
 @pytest.mark.parametrize("rule", CASES, ids=named)
-def test_four_simulated_workers_equal_the_listing_to_the_bit(rule: Rule) -> None:
+def test_four_simulated_workers_equal_the_listing_to_the_bit(rule: Rule, machine: Machine) -> None:
     workers = 1 if rule.sequential else 4
-    done = simulated(rule, workers, turns=in_order(rule))
+    done = simulated(rule, workers, turns=in_order(rule), machine=machine)
     blocks, own = threads.blocks_of(workers), threads.owned(workers)
     expected = listings.compute(rule, starting_point(), workers, 20, noisy_quadratic, blocks, own)
     for name, value in expected.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from easgd_local.rules.passm import PASSM, PASSMPlus
 from easgd_local.simulate.clock import Clock
 from easgd_local.simulate.link import Link
 from easgd_local.simulate.machine import Limits, Machine
-from easgd_local.simulate.orders import Grid
+from easgd_local.simulate.orders import Block, Free, Grid
 from easgd_local.simulate.problems import make_problem
 from easgd_local.simulate.simulation import Outcome, Scenario, simulate
 from easgd_local.simulate.traffic import ACCESS, traffic
@@ -252,6 +253,42 @@ def test_a_block_is_held_for_one_of_the_centers_blocks_and_all_bytes_move() -> N
         walk = list(grid.walk(rank * 477))
         assert sum(places for places, _ in walk) + len(grid.blocks) == grid.places
         assert [block.place for _, block in walk if block] == [[0, 477], [477, 0]][rank]
+
+
+def test_each_of_the_centers_blocks_costs_the_latency_once() -> None:
+    machine = Machine(step_s=1.0, parameters=1e9, link_gb_per_s=math.inf, memory_gb_per_s=math.inf, latency_s=0.001)
+    assert run(EASGD(tau=1), 2, 3, machine).seconds == pytest.approx(3 * (954 * 0.001 + 1))
+
+
+def test_an_idle_block_goes_to_the_next_in_line_of_those_that_ask() -> None:
+    clock, visits = Clock(), []
+
+    @dataclass
+    class Asker:
+        rank: int
+        round: int = 0
+
+        def wait(self) -> None:
+            clock.park()
+
+        def move(self, places: int, floats: float) -> None:
+            clock.sleep(places)
+
+        def take(self, block: Block, place: int) -> slice:
+            visits.append(self.rank)
+            return block.coordinates
+
+        def leave(self, block: Block) -> None: ...
+
+    order = Free(Grid(4, 4, (Block(0, 0, slice(0, 16)),)), clock, lambda w, b: None)
+
+    def ask(rank: int, at_s: float) -> None:
+        clock.sleep(at_s)
+        assert list(order.visit(Asker(rank), 2)) == [slice(0, 16)]
+
+    # The second comes first, and holds the block while the others ask in the order 0, 1, 3.
+    clock.run([lambda: ask(2, 0), lambda: ask(0, 0.1), lambda: ask(1, 0.2), lambda: ask(3, 0.3)])
+    assert visits == [2, 3, 0, 1]
 
 
 def test_equal_simulations_give_equal_bits_and_another_seed_others() -> None:
