@@ -134,6 +134,10 @@ def _draw(execute: Callable[..., Iterable[str]], arguments: dict[str, Any]) -> i
     except (ValueError, MemoryError) as error:
         _complain(str(error))
         return USAGE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        _complain("whoever read the output has left; files not named yet are as they were.")
+        return FAILED
     except OSError as error:
         _complain(f"{arguments['out']}: the folder cannot be written to ({error.strerror}); give another --out.")
         return FAILED

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -265,3 +267,13 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(here: Path, capsys:
     said = refused(capsys, [*ONE, "--out", "mine"])
     assert said.startswith("out=mine: holds other files (notes.txt), ")
     assert names(here / "mine") == ["notes.txt"]
+
+
+def test_a_reader_that_leaves_is_no_trouble_of_the_folder(here: Path) -> None:
+    words = [sys.executable, "-m", "easgd_local", *ONE]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said == "easgd-local: error: whoever read the output has left; files not named yet are as they were.\n"

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from easgd_local.simulate import figures, study
 from easgd_local.simulate.machine import DEFAULTS, Machine
 from easgd_local.simulate.problems import PROBLEMS, make_problem
 from easgd_local.theory.command import NUMBERS, WHOLES, Flag, number, refuse_foreign, whole, whole_file, write_table
+
+if TYPE_CHECKING:
+    from easgd_local.simulate.study import Cell, Table
 
 FILES = ("runs.csv", "curves.csv", "staleness.csv", "runs.png", "sweep.png")
 OWN = {"dimension", "condition", "sigma", "batch_size"}  # of problems
@@ -65,6 +67,8 @@ def execute(*, rules: Sequence[str], out: str, **values: Any) -> Iterator[str]:
     The folder may hold the files of an earlier simulation, which are replaced, and nothing else. `ValueError` for
     values that cannot work, before anything is run; `OSError` when it cannot be written to.
     """
+    from easgd_local.simulate import figures, study  # here: the other commands need not wait for them
+
     folder = Path(out)
     refuse_foreign(folder, FILES)
     machine = Machine(**{name: values.pop(name) for name in DEFAULTS if name in values})
@@ -90,7 +94,7 @@ def execute(*, rules: Sequence[str], out: str, **values: Any) -> Iterator[str]:
     yield f"written: {', '.join(map(str, _write(folder, study.tables(found), pictures)))}"
 
 
-def _write(folder: Path, tables: Mapping[str, study.Table], pictures: Mapping[str, Any]) -> list[Path]:
+def _write(folder: Path, tables: Mapping[str, Table], pictures: Mapping[str, Any]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for stem, table in tables.items():
@@ -106,9 +110,9 @@ def _write(folder: Path, tables: Mapping[str, study.Table], pictures: Mapping[st
     return written
 
 
-def _by_rule(found: Sequence[study.Cell]) -> dict[str, list[list[study.Cell]]]:
+def _by_rule(found: Sequence[Cell]) -> dict[str, list[list[Cell]]]:
     """rule -> for each τ the cells of its numbers of workers."""
-    table: dict[str, list[list[study.Cell]]] = {}
+    table: dict[str, list[list[Cell]]] = {}
     for (rule, _), row in groupby(found, key=lambda cell: (cell.rule, cell.tau)):
         table.setdefault(rule, []).append(list(row))
     return table
