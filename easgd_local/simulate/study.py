@@ -80,7 +80,8 @@ def cells(
     """Runs them, each with every step size, and gives the best: the first at the target, or the least error."""
     for one in scenarios:
         rates = [replace(one, rule=replace(one.rule, lr=one.rule.lr * factor)) for factor in factors]
-        done = [simulate(rate, problem, machine) for rate in rates]
+        # Without their vectors, which may be large when there are many simulations of many workers.
+        done = [replace(simulate(rate, problem, machine), shared={}, x=[], local=[]) for rate in rates]
         best = min(done, key=lambda it: (it.seconds_to_target, it.status == "diverged", float(it.curve["error"][-1])))
         yield Cell(one.rule.name, one.period, one.workers, best, tuple(it.status for it in done))
 
