@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -104,8 +105,8 @@ def test_a_sweep_says_for_each_rule_and_period_where_more_workers_stop_helping(s
     assert {row["tau"] for row in curves} == {"1", "10"}
 
 
-def test_a_later_simulation_replaces_an_earlier_one(swept: tuple[Path, str]) -> None:
-    folder, _ = swept
+def test_a_later_simulation_replaces_an_earlier_one(here: Path, swept: tuple[Path, str]) -> None:
+    folder = shutil.copytree(swept[0], here / "sweep")
     assert cli.main([*ONE, "--out", str(folder)]) == 0
     assert names(folder) == sorted([*TABLES, "runs.png"])  # the picture of the sweep is gone with the sweep
     before = (folder / "curves.csv").read_bytes()
