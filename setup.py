@@ -46,6 +46,7 @@ setup(
     package_data={"easgd_local": ["data/*.npz", "data/*.md"], "easgd_local.kernels": ["*.cu", "*.cuh"]},
     entry_points={"console_scripts": ["easgd-local = easgd_local.cli:main"]},
     install_requires=[
+        "greenlet>=3.0",  # the simulator leaves a rule in the middle of its step and comes back
         "matplotlib>=3.8",
         "numpy>=2.0",
         "rich>=13.7",

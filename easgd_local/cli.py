@@ -10,9 +10,10 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
@@ -20,6 +21,7 @@ from easgd_local import __version__
 from easgd_local.config import CHOICES, WORKERS, Config, refuse_change
 from easgd_local.rules import RULES, rule_class
 from easgd_local.rules.base import Rule, plain_type
+from easgd_local.simulate import command as simulate_command
 from easgd_local.theory import command as theory_command
 
 if TYPE_CHECKING:
@@ -82,6 +84,16 @@ def parser() -> argparse.ArgumentParser:
         description="Computes what the theory of elastic averaging and ADMM says on a quadratic, and draws it.",
     )  # fmt: skip
     theory_command.add_studies(theory, Parser)
+    simulate = commands.add_parser(
+        "simulate", help="run a rule where the machine cannot: up to 4096 workers on a virtual clock",
+        argument_default=argparse.SUPPRESS, usage="easgd-local simulate RULE [RULE ...] [--flag VALUE ...]",
+        description="Runs the rules on a small problem in one process, with the times of the machine described. Writes "
+        "figures (PNG) and their data (CSV), and prints the key numbers. Several numbers of workers or periods are a "
+        "sweep, each of whose simulations ends at the target.",
+    )  # fmt: skip
+    simulate.add_argument("rules", metavar="RULE", nargs="+", help=f"the algorithms: {', '.join(RULES)}")
+    simulate_command.add_flags(simulate)
+    _add_rule_flags(simulate.add_argument_group("the rules"), without="tau")
     doctor = commands.add_parser(
         "doctor", help="say what this machine can do", usage="easgd-local doctor [--flag VALUE ...]",
         description="Looks at processor, memory and GPUs, and times one step and one exchange of a model.",
@@ -95,7 +107,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 the run failed, 2 bad usage, 130 interrupted."""
     arguments = vars(parser().parse_args(argv))
-    commands = {"train": _train, "theory": _theory, "doctor": _doctor}
+    commands: dict[str, Callable[[dict[str, Any]], int]] = {
+        "train": _train, "doctor": _doctor,
+        "theory": partial(_draw, theory_command.execute), "simulate": partial(_draw, simulate_command.execute),
+    }  # fmt: skip
     return commands[arguments.pop("command")](arguments)
 
 
@@ -112,19 +127,23 @@ def _doctor(arguments: dict[str, Any]) -> int:
     return DONE
 
 
-def _theory(arguments: dict[str, Any]) -> int:
+def _draw(execute: Callable[..., Iterable[str]], arguments: dict[str, Any]) -> int:
     try:
-        lines = theory_command.execute(**arguments)
+        for line in execute(**arguments):
+            print(line, flush=True)
     except (ValueError, MemoryError) as error:
         _complain(str(error))
         return USAGE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        _complain("whoever read the output has left; files not named yet are as they were.")
+        return FAILED
     except OSError as error:
         _complain(f"{arguments['out']}: the folder cannot be written to ({error.strerror}); give another --out.")
         return FAILED
     except KeyboardInterrupt:
         _complain("interrupted; files not named yet are as they were.")
         return INTERRUPTED
-    print("\n".join(lines))
     return DONE
 
 
@@ -300,9 +319,12 @@ def _rule_fields() -> dict[str, Any]:
     return {one.name: one for rule in RULES.values() for one in fields(rule)}
 
 
-def _add_rule_flags(group: Any) -> None:
+def _add_rule_flags(group: Any, *, without: str = "") -> None:
+    """The flags of all the rules, but for one."""
     hints = {name: hint for rule in RULES.values() for name, hint in get_type_hints(rule).items()}
     for name, one in _rule_fields().items():
+        if name == without:
+            continue
         defaults = {rule: _default(rule_class(rule), name) for rule in RULES}
         _add_flag(group, name, plain_type(hints[name]), _help(one, defaults))
 

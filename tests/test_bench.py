@@ -13,7 +13,7 @@ import torch
 from tests.conftest import unpainted
 
 BENCH = Path(__file__).parents[1] / "bench"
-NAMES = ("delay", "exchange", "partial", "startup", "throughput", "tune")
+NAMES = ("delay", "exchange", "partial", "simulate", "startup", "throughput", "tune")
 FRESH = {"startup", "throughput"}  # which start interpreters themselves
 
 

@@ -39,7 +39,7 @@ LAYERS = (
     ("visitor",),
     ("devices", "doctor"),
     ("gradient", "stream_turns"),
-    ("batches", "calibrate", "centers"),
+    ("batches", "calibrate", "centers", "simulate.*"),
     ("metrics", "view", "report", "curves", "wording", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),
     ("rules.*",),
     ("optimizers",),

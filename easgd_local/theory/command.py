@@ -26,14 +26,16 @@ class Flag:
     help: str
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
+    """The whole number that a flag's text says."""
     try:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write it in digits, such as 8.") from None
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
+    """The number that a flag's text says."""
     try:
         return float(text)
     except ValueError:
@@ -44,35 +46,35 @@ def _several(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: list(dict.fromkeys(read(word) for word in text.split(",")))
 
 
-WHOLES, NUMBERS = _several(_whole), _several(_number)
+WHOLES, NUMBERS = _several(whole), _several(number)
 POINTS = "points on each side of a map"
 
 # name -> (what it computes, its sentence, its flags)
 STUDIES: dict[str, tuple[Callable[..., Study], str, dict[str, Flag]]] = {
     "stability": (stability_study, "where EASGD is stable: exclusive turns and stale differences side by side", {
-        "workers": Flag(_whole, "8", "number of workers p"),
-        "points": Flag(_whole, "200", POINTS),
+        "workers": Flag(whole, "8", "number of workers p"),
+        "points": Flag(whole, "200", POINTS),
     }),
     "admm": (admm_study, "where ADMM's round robin is not stable, and a trajectory that decays and then blows up", {
         "workers": Flag(WHOLES, "3,8", "numbers of workers p, with commas between them"),
-        "lr": Flag(_number, "0.001", "step size η of the trajectory"),
-        "rho": Flag(_number, "2.5", "penalty ρ of the trajectory"),
-        "rounds": Flag(_whole, "20000", "length of the trajectory, in cycles of p turns"),
-        "points": Flag(_whole, "200", POINTS),
+        "lr": Flag(number, "0.001", "step size η of the trajectory"),
+        "rho": Flag(number, "2.5", "penalty ρ of the trajectory"),
+        "rounds": Flag(whole, "20000", "length of the trajectory, in cycles of p turns"),
+        "points": Flag(whole, "200", POINTS),
     }),
     "moments": (moments_study, "mean squared error of the center over η and β, for numbers of workers and times", {
         "workers": Flag(WHOLES, "1,10,100,1000,10000", "numbers of workers p, with commas between them"),
         "times": Flag(NUMBERS, "1,2,10,100,inf", "times t in steps, with commas between them"),
-        "start": Flag(_number, "1", "distance of workers and center from the minimum at t = 0"),
-        "sigma": Flag(_number, "10", "standard deviation σ of the gradient's noise"),
-        "points": Flag(_whole, "60", POINTS),
+        "start": Flag(number, "1", "distance of workers and center from the minimum at t = 0"),
+        "sigma": Flag(number, "10", "standard deviation σ of the gradient's noise"),
+        "points": Flag(whole, "60", POINTS),
     }),
     "averaging": (averaging_study, "double averaging of the center against the Cramér-Rao bound", {
-        "workers": Flag(_whole, "4", "number of workers p"),
+        "workers": Flag(whole, "4", "number of workers p"),
         "lr": Flag(NUMBERS, "0.02,0.1,0.5", "step sizes η, with commas between them"),
-        "beta": Flag(_number, "0.9", "the center's moving rate β = pα"),
-        "steps": Flag(_whole, "1000000", "the largest time t"),
-        "points": Flag(_whole, "200", "points on the axis of time"),
+        "beta": Flag(number, "0.9", "the center's moving rate β = pα"),
+        "steps": Flag(whole, "1000000", "the largest time t"),
+        "points": Flag(whole, "200", "points on the axis of time"),
     }),
 }  # fmt: skip
 
@@ -90,7 +92,7 @@ def add_studies(theory: argparse.ArgumentParser, parser_class: type[argparse.Arg
         )  # fmt: skip
         for flag, one in flags.items():
             word = "N,N,..." if one.read is WHOLES else "X,X,..." if one.read is NUMBERS else "N"
-            word = "X" if one.read is _number else word
+            word = "X" if one.read is number else word
             text = f"{one.help} (default {one.default})"
             study.add_argument(f"--{flag}", type=one.read, default=one.default, metavar=word, help=text)
         study.add_argument("--out", metavar="FOLDER", default=f"theory-{name}", help=f"folder (default theory-{name})")
@@ -103,15 +105,15 @@ def execute(*, study: str, out: str, **values: Any) -> list[str]:
     `ValueError` for values outside the domain and for another folder; `OSError` when it cannot be written to.
     """
     folder, names = Path(out), _names(study)
-    _refuse_foreign(folder, names)
+    refuse_foreign(folder, names)
     done = STUDIES[study][0](**values)
     assert {*done.tables, *done.figures} == {Path(name).stem for name in names}
     folder.mkdir(parents=True, exist_ok=True)
     for stem, table in done.tables.items():
-        with _whole_file(folder / f"{stem}.csv") as part:
-            _write_table(part, table)
+        with whole_file(folder / f"{stem}.csv") as part:
+            write_table(part, table)
     for stem, figure in done.figures.items():
-        with _whole_file(folder / f"{stem}.png") as part:
+        with whole_file(folder / f"{stem}.png") as part:
             figure.savefig(part, dpi=110, format="png")
     return [*done.lines, f"written: {', '.join(str(folder / name) for name in names)}"]
 
@@ -121,7 +123,8 @@ def _names(study: str) -> list[str]:
     return [f"{stem}.{kind}" for stem in stems for kind in ("png", "csv")]
 
 
-def _refuse_foreign(folder: Path, names: Sequence[str]) -> None:
+def refuse_foreign(folder: Path, names: Sequence[str]) -> None:
+    """`ValueError` if the folder is a file, or holds others than these."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={folder}: is a file, and the figures need a folder; give another --out.")
     known = {*names, *(f".{name}.part" for name in names)}  # the second are what a kill has left
@@ -134,7 +137,7 @@ def _refuse_foreign(folder: Path, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A place to write to that becomes the file at the end; when interrupted, the old file stays."""
     part = path.with_name(f".{path.name}.part")
     try:
@@ -144,8 +147,13 @@ def _whole_file(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _write_table(path: Path, table: Table) -> None:
+def write_table(path: Path, table: Table) -> None:
+    """The columns as a CSV file; numbers with ten digits."""
     columns = [column.ravel() for column in np.broadcast_arrays(*table.values())]
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerows(chain([list(table)], zip(*([f"{x:.10g}" for x in column] for column in columns), strict=True)))
+        rows.writerows(chain([list(table)], zip(*(map(_cell, column) for column in columns), strict=True)))
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.10g}"
