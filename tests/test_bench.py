@@ -13,8 +13,8 @@ import torch
 from tests.conftest import unpainted
 
 BENCH = Path(__file__).parents[1] / "bench"
-NAMES = ("delay", "exchange", "partial", "simulate", "startup", "throughput", "tune")
-FRESH = {"startup", "throughput"}  # which start interpreters themselves
+NAMES = ("attach", "delay", "exchange", "partial", "simulate", "startup", "throughput", "tune")
+FRESH = {"attach", "startup", "throughput"}  # which start interpreters themselves, or functions of their own
 
 
 def run(*words: object) -> str:
