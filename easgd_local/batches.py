@@ -16,6 +16,11 @@ class Batches(torch.utils.data.Sampler[list[int]]):
 
     Each pass goes over what is left of the present epoch, `epoch` counts them from 0, and `len` is that of a whole
     epoch. Every batch is full: samples that do not fill one in this epoch come first in the next.
+
+    >>> from easgd_local.data.sampling import shard
+    >>> ranks = [Batches(shard(seed=0, rank=i, workers=2, batch_size=3, samples=12), lambda: None) for i in range(2)]
+    >>> [len(one) for one in ranks], sorted(index for one in ranks for batch in one for index in batch)
+    ([2, 2], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
     """
 
     def __init__(self, order: Sampler, next_batch: Callable[[], None]) -> None:

@@ -18,6 +18,12 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     torch.optim.swa_utils.update_bn does (Izmailov et al. 2018, arXiv:1803.05407), which leaves dropout on.
 
     Raises `ValueError` when there is no batch.
+
+    >>> import torch
+    >>> norm = torch.nn.BatchNorm1d(1)
+    >>> recalibrate(norm, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])])
+    >>> norm.running_mean, norm.running_var
+    (tensor([4.]), tensor([2.]))
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.track_running_stats]

@@ -15,7 +15,13 @@ FILE = "center.safetensors"
 class CenterState(dict[str, Tensor]):
     """The center's state dict: name -> tensor on the CPU, for `model.load_state_dict(center)`.
 
-    folder: the run folder; summary: what its summary.json holds.
+    folder: the run folder.
+    summary: what its summary.json holds; empty for a center that was read from a file.
+
+    >>> import torch
+    >>> center = CenterState({"weight": torch.zeros(1, 2), "bias": torch.ones(1)}, Path("runs/mine"))
+    >>> torch.nn.Linear(2, 1).load_state_dict(center)
+    <All keys matched successfully>
     """
 
     def __init__(self, tensors: dict[str, Tensor], folder: Path, summary: dict[str, Any] | None = None) -> None:

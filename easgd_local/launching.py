@@ -108,11 +108,14 @@ def launch(
     resume: the folder of an interrupted run, or one whose loop is to be longer now, to go on with: `attach` then
     restores model, optimizers, generators, samplers and clock from its last checkpoint. Checkpoints are pickles: resume
     only what you trust.
-    seed: of the workers' generators and samplers. threads: of each worker, default cores / workers.
+    seed: of the workers' generators and samplers.
+    threads: of each worker, default cores / workers.
     checkpoint_every: steps between checkpoints, of which the last `keep` stay; 0 for only when interrupted (Ctrl-C).
     on_failure: what happens when a worker dies: the others "continue", it is replaced ("respawn"), or all "stop".
-    tensorboard: also write the events for TensorBoard. view: show the run on stderr. listeners: called with every event
-    of metrics.jsonl.
+    tensorboard: also write the events for TensorBoard.
+    view: show the run on stderr.
+    listeners: called with every event of metrics.jsonl.
+    faults: to try out what happens when workers fail, see easgd_local.faults.
 
     Raises `ValueError` or `MemoryError` for what cannot work, `RuntimeError` when no worker came to its end,
     `KeyboardInterrupt` after an interrupted run is saved. No process and no memory is left in any case.

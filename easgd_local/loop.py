@@ -38,9 +38,12 @@ from easgd_local.rules.local import Local
 class LoopWorker:
     """One worker process of `launch` or `join`, for a training loop of your own.
 
-    rank: which worker this is, from 0; workers: how many there are, p; device: where it computes (torch.device);
+    rank: which worker this is, from 0.
+    workers: how many there are, p.
+    device: where it computes, a torch.device.
     generator: a torch.Generator on that device, seeded by the run's seed and the rank, as torch's, NumPy's and Python's
-    own generators are; center: after the block of `join`, the center's state dict, in every worker.
+    own generators are.
+    center: after the block of `join`, the center's state dict, in every worker.
     """
 
     def __init__(self, rank: int, workers: int, conn: Connection, seed: int) -> None:
@@ -164,10 +167,13 @@ class LoopWorker:
     def sampler(self, dataset: Any, batch_size: int, *, sampling: str = "shard") -> Batches:
         """A batch sampler for this worker: `DataLoader(dataset, batch_sampler=worker.sampler(dataset, 32))`.
 
-        dataset: anything with a length. sampling: "shard", each sample once per epoch across the workers, or
-        "independent", every worker draws from the whole set. The order depends on the run's seed, the rank and the
-        epoch, and a resumed run goes on in mid-epoch: `for epoch in range(sampler.epoch, epochs)`. A DataLoader with
-        worker processes reads ahead, which a sampler cannot see: then use `loader`.
+        dataset: anything with a length.
+        sampling: "shard", each sample once per epoch across the workers, or "independent", every worker draws from the
+        whole set.
+
+        The order depends on the run's seed, the rank and the epoch, and a resumed run goes on in mid-epoch:
+        `for epoch in range(sampler.epoch, epochs)`. A DataLoader with worker processes reads ahead, which a sampler
+        cannot see: then use `loader`. Raises `ValueError` where a batch is larger than the share of a worker.
         """
         choices = {"shard": shard, "independent": independent}
         if sampling not in choices:

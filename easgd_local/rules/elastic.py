@@ -77,7 +77,12 @@ class Elastic(Rule):
         return w.d
 
     def moving_rate(self, workers: int) -> float:
-        """α with p workers; `ValueError` where β or ρ would put it outside [0, 1]."""
+        """α with p workers; `ValueError` where β or ρ would put it outside [0, 1].
+
+        >>> import easgd_local as easgd
+        >>> easgd.EASGD(beta=0.8).moving_rate(4), easgd.EASGD(lr=0.5, rho=0.5).moving_rate(4)
+        (0.2, 0.25)
+        """
         if self.alpha is not None:
             return self.alpha
         if self.rho is not None:

@@ -146,6 +146,9 @@ def easgd_alpha_limit(lr: Grid, curvature: Grid = 1.0, stale: bool = False, work
     for even p it stays stable a little further, less and less as p grows: at ηh = 1 up to 0.707 with p = 2, 0.669 with
     p = 8, instead of 2/3. The second is exact for every p. lr, curvature and workers broadcast. `ValueError` unless
     η ≥ 0, h > 0, p ≥ 1; stale needs workers.
+
+    >>> float(easgd_alpha_limit(1.0)), float(easgd_alpha_limit(1.0, stale=True, workers=2))
+    (0.6666666666666666, 0.5)
     """
     u = domain.step_size_or_none(lr) * domain.curvature_of(curvature)
     p = None if workers is None else domain.counts(workers)
