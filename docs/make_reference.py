@@ -91,9 +91,8 @@ def signature(one: Any) -> str:
 def text(one: Any) -> str:
     """The docstring as Markdown: what it says of each parameter becomes a list."""
     listed = re.sub(r"^([a-z_0-9]+(?:, [a-z_0-9]+)*): ", r"- `\1`: ", inspect.cleandoc(one.__doc__ or ""), flags=re.M)
-    return re.sub(
-        r"(?:^>>> .*\n(?:.+(?:\n|\Z))*)+", lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", listed, flags=re.M
-    )
+    examples = re.compile(r"(?:^>>> .*\n(?:.+(?:\n|\Z))*)+", re.MULTILINE)
+    return examples.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", listed)
 
 
 if __name__ == "__main__":
