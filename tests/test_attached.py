@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+from easgd_local.attached import plain_model
 from easgd_local.child import Refusal
 from easgd_local.faults import Fault
 from easgd_local.flat import Flat
@@ -428,3 +432,107 @@ def test_k_steps_saved_and_restored_and_k_more_are_2k_steps():
         rest.center.vectors["c"][:] = center
         rest.run(4, lambda team, i, t: plain_step(team, i, t + 4))
         assert np.array_equal(rest.x(0), expected[0]) and np.array_equal(rest.c, expected[1])
+
+
+# Models as people build them
+
+
+def convolutional() -> nn.Module:
+    body = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    return nn.Sequential(*body).to(memory_format=torch.channels_last)
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(weight_norm(nn.Linear(5, 7)), nn.Tanh(), spectral_norm(nn.Linear(7, 3)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.LSTM(5, 6, num_layers=2, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.cells(x[:, None])[0][:, 0])
+
+
+class Checkpointed(Net):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+
+
+class InHalf(Net):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.body(x).float()
+
+
+class WithNothing(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+
+
+class Thawing(Net):
+    """Its first layer is frozen for two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[0].requires_grad_(False)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 2:
+            self.body[0].requires_grad_(True)
+        return self.body(x)
+
+
+MODELS = (convolutional, normed, Recurrent, Checkpointed, InHalf, WithNothing, Thawing)
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("rule", [EASGD(tau=2), Downpour(tau=2)], ids=["easgd", "downpour"])
+def test_it_trains_as_without_attach_and_its_center_loads_into_the_plain_model(rule, make):
+    inputs = torch.randn(6, 1, 8, 8) if make is convolutional else torch.randn(6, 5)
+
+    def steps(model, count):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        yield optimizer
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+
+    alone = list(steps(plain := seeded(make, 0), 5)) and plain
+    loops = {}
+
+    def begin(model):
+        loops[0] = steps(model, 5)
+        return next(loops[0])
+
+    alone_rule = replace(rule, alpha=0.0) if isinstance(rule, EASGD) else rule  # of one worker: both change nothing
+    with Team.of(alone_rule, 1, begin, make, buffers="local") as team:
+        assert list(loops[0]) == []
+        (one,) = team.models
+        assert [p.stride() for p in one.parameters()] == [p.stride() for p in alone.parameters()]
+        for (name, value), expected in zip(one.named_parameters(), alone.parameters(), strict=True):
+            assert torch.allclose(value, expected, rtol=0, atol=1e-6), name  # DOWNPOUR rounds x - y + y
+        fresh = make()
+        fresh.load_state_dict(team.workers[0].center_model().state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("first", ["compile", "attach"])
+def test_a_compiled_model_is_attached_before_or_after_under_its_own_names(first):
+    model = Net()
+    if first == "compile":
+        compiled = torch.compile(model, backend="eager")
+        assert next(name for name, _ in plain_model(compiled).named_parameters()) == "body.0.weight"
+    with Team.of(EASGD(tau=1), 1, adamw, lambda: model) as team:
+        if first == "attach":
+            compiled = torch.compile(model, backend="eager")
+        for t in range(3):
+            team.optimizers[0][0].zero_grad()
+            loss_of(compiled, 0, t).backward()
+            team.optimizers[0][0].step()
+        assert team.workers[0].t == 3 and team.workers[0]._exchanges == 3
+        Net().load_state_dict(team.workers[0].center_model().state_dict(), strict=True)
