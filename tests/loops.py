@@ -211,3 +211,17 @@ def epochs_forever(worker: LoopWorker) -> None:
             Path("run", "under-way").touch()
 
     epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), 10**6, after)
+
+
+def keeps_its_own_checkpoints(worker: LoopWorker, folder: str, epochs: int) -> None:
+    """Saves its state itself at the end, and starts from what it finds."""
+    model = Odd()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.003)
+    file = Path(folder, f"{worker.rank}.pt")
+    if file.exists():
+        worker.load_state_dict(torch.load(file, weights_only=False))
+    worker.attach(model, optimizer, easgd.EASGD(tau=4))
+    began = worker.t
+    epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), epochs)
+    torch.save(worker.state_dict(), file)
+    Path(folder, f"{worker.rank}.txt").write_text(f"{began} {worker.t}")

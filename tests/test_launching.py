@@ -118,6 +118,18 @@ def test_a_killed_worker_is_replaced_if_so_wanted(launch, tmp_path, monkeypatch)
     assert center.summary["worker_reports"][1]["state"] == "finished"
 
 
+def test_a_loop_may_keep_checkpoints_of_its_own(launch, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    launch(loops.keeps_its_own_checkpoints, str(folder), 1)
+    assert [(folder / f"{rank}.txt").read_text() for rank in range(2)] == ["0 22", "0 22"]
+    half = torch.load(folder / "0.pt", weights_only=False)["kept"]["x"]
+    center = launch(loops.keeps_its_own_checkpoints, str(folder), 2)
+    assert [(folder / f"{rank}.txt").read_text() for rank in range(2)] == ["22 44", "22 44"]
+    assert center.summary["steps"] == 44 and center.summary["exchanges"] == 2 * 5  # at steps 24, 28, 32, 36, 40
+    assert not torch.equal(torch.load(folder / "0.pt", weights_only=False)["kept"]["x"], half)
+
+
 def test_workers_see_the_variables_that_torchrun_sets(launch, tmp_path):
     launch(loops.environment, str(tmp_path))
     assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == ["0 0 2 2", "1 1 2 2"]
