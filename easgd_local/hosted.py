@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing.spawn
 import os
 import pickle
@@ -31,6 +32,7 @@ class Job:
     pickled: bytes
     main: dict[str, str]
     environment: dict[str, str]  # as it is now: the fork server may be older
+    start_method: str | None  # of processes that the function starts, such as a DataLoader's
 
     def load(self) -> tuple[Callable[..., object], tuple[Any, ...]]:
         """The function and its arguments in this process; imports the script that they come from."""
@@ -47,9 +49,12 @@ class Job:
 
 def job_of(fn: Callable[..., object], args: tuple[Any, ...]) -> Job:
     """`ValueError` for a function that new processes cannot import."""
-    name = getattr(fn, "__qualname__", repr(fn))
     if not callable(fn):
         raise ValueError(f"fn={fn!r}: must be a function of one worker; launch(train, workers=4).")
+    whole = fn
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    name = getattr(fn, "__qualname__", type(fn).__name__)
     if not isinstance(args, tuple):
         raise ValueError(f"args={args!r}: must be a tuple, handed to the function after the worker; write args=(x,).")
     if "<lambda>" in name or "<locals>" in name:
@@ -58,7 +63,7 @@ def job_of(fn: Callable[..., object], args: tuple[Any, ...]) -> Job:
             f"function; define it at the top level of a module."
         )
     try:
-        pickled = pickle.dumps((fn, args))
+        pickled = pickle.dumps((whole, args))
     except Exception as error:  # what pickling raises depends on what is pickled
         raise ValueError(
             f"fn={name}: it or its args cannot be handed to new processes ({type(error).__name__}: {error}); give "
@@ -72,12 +77,13 @@ def job_of(fn: Callable[..., object], args: tuple[Any, ...]) -> Job:
             f"fn={name}: defined in a notebook or an interactive session, which new processes cannot import; write it "
             f"to a file (in a notebook with %%writefile), and import it from there."
         )
-    return Job(name, pickled, main, dict(os.environ))
+    return Job(name, pickled, main, dict(os.environ), multiprocessing.get_start_method(allow_none=True))
 
 
 def main(conn: Connection, fds: list[int], rank: int, workers: int, job: Job, seed: int, threads: int) -> None:
     """The process: the user's function from its first line to its return, then waiting for the others."""
     os.environ.update(job.environment | environment(rank, workers))
+    multiprocessing.set_start_method(job.start_method, force=True)
     torch.set_num_threads(threads)
     seed_all(seed, rank)
     fn, args = job.load()

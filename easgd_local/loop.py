@@ -135,7 +135,7 @@ class LoopWorker:
             case (_, plan, start, fills):
                 pass
         center = Center.attach(plan.layout, recv_handle(self._conn))
-        attached = Attached(self.rank, center, plan, flat, attachment, self._post, self._conn, start.t)
+        attached = Attached(self.rank, center, plan, flat, attachment, self._post, self._conn, start)
         if fills:
             attached.fill(self._state)
             self._post("filled")
@@ -144,11 +144,13 @@ class LoopWorker:
         if self._state is not None and start.saved is None:
             attached.restore(self._state)
         attached.bind()
+        state, self._attached, self._state = self._state, attached, None
         self._post("ready")
         t = attached.await_start()
         if start.joins:
             attached.join(t)
-        self._attached, self._state = attached, None
+        if start.saved is None and state is None:
+            self._positions.begin_at(attached.t)
 
     # What the loop may say and ask
 
