@@ -75,7 +75,7 @@ def train(worker, options):
 
 
 def draw(folder, train=64, test=16, size=32):
-    """Pictures of stripes, checks and rings in noise, the same in every run: so many of each for training and testing."""
+    """Stripes, checks and rings in noise, the same in every run: so many of each for training and for testing."""
     y, x = np.mgrid[:size, :size]
     rng = np.random.default_rng(0)
     for name, count in (("train", train), ("test", test)):
