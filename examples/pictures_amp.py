@@ -57,7 +57,7 @@ def train(worker, options):
     worker.attach(
         model, optimizer, easgd.EASGD(tau=4, beta=0.9), stateful=[schedule, scaler],
         buffers=options.buffers,
-        calibrate_on=DataLoader(trainset, batch_size=64) if options.buffers == "recalibrate" else None,
+        calibrate_on=DataLoader(trainset, batch_size=64, shuffle=True) if options.buffers == "recalibrate" else None,
         evaluate=evaluate, evaluate_every=20,
     )  # fmt: skip
     loader = worker.loader(trainset, batch_size=16, num_workers=options.readers)
