@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-import random
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ from easgd_local.calibrate import recalibrate
 from easgd_local.center import Center
 from easgd_local.child import Refusal
 from easgd_local.flat import Entry, Flat, Naming
+from easgd_local.randomness import random_state, restore_random, seed_of, seeded
 from easgd_local.rules.base import Rule
 from easgd_local.turns import Aborted
 from easgd_local.visitor import Plan, Start, Visitor
@@ -158,6 +158,7 @@ class Attached(Visitor):
         self._center.clock[self.rank] = self.t
         if self._rule.replaces:
             self._meet()
+        self._report_now_and_then()
         if self._stops or (self._in_rounds and self._checkpoint_due) or self._center.save[0] != self._saved_label:
             self._noted = self._passing_state()
         now = time.perf_counter() - self._turns.wait_s
@@ -360,12 +361,12 @@ class Attached(Visitor):
         values[self._buffers] = snapshot["c"][self._buffers]
         self._post("taken")
         began, attachment = time.perf_counter(), self._attachment
-        before, model = random_state(), self.center_model(values)
-        if attachment.calibrate_on is not None:
-            recalibrate(model, attachment.calibrate_on)
-        scores = self._scores(model) if attachment.evaluate else {}
+        model = self.center_model(values)
+        with seeded(seed_of(self._plan.seed, t)):  # whoever evaluates, wherever it holds
+            if attachment.calibrate_on is not None:
+                recalibrate(model, attachment.calibrate_on)
+            scores = self._scores(model) if attachment.evaluate else {}
         buffers = self._flat.of(model).values()[self._buffers]
-        restore_random(before)
         self._post("evaluated", scores, buffers, time.perf_counter() - began)
 
     @torch.no_grad()
@@ -409,18 +410,6 @@ def numbers(values: Any, what: str) -> dict[str, float]:
                 f"{what}: {name}={type(value).__name__} is not one number; give a number, or a tensor of one element."
             ) from None
     return plain
-
-
-def random_state() -> dict[str, Any]:
-    """The state of the generators that a training loop may draw from."""
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
-
-
-def restore_random(state: dict[str, Any]) -> None:
-    """Undoes what was drawn since `random_state`."""
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -6,18 +6,18 @@ import functools
 import multiprocessing.spawn
 import os
 import pickle
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from easgd_local.child import Refusal
-from easgd_local.loop import LoopWorker, seed_of
+from easgd_local.loop import LoopWorker
+from easgd_local.randomness import seed_all, seed_of
 from easgd_local.turns import Aborted
 from easgd_local.visitor import Stopped
 
@@ -29,6 +29,7 @@ class Job:
     """A function and its arguments, pickled, and how to find the script that they come from."""
 
     name: str
+    label: str  # of the run's folder: the script or module that it comes from
     pickled: bytes
     main: dict[str, str]
     environment: dict[str, str]  # as it is now: the fork server may be older
@@ -77,7 +78,9 @@ def job_of(fn: Callable[..., object], args: tuple[Any, ...]) -> Job:
             f"fn={name}: defined in a notebook or an interactive session, which new processes cannot import; write it "
             f"to a file (in a notebook with %%writefile), and import it from there."
         )
-    return Job(name, pickled, main, dict(os.environ), multiprocessing.get_start_method(allow_none=True))
+    module = fn.__module__ if isinstance(getattr(fn, "__module__", None), str) else ""
+    label = Path(path).stem if path and module == "__main__" else module.rpartition(".")[2]
+    return Job(name, label, pickled, main, dict(os.environ), multiprocessing.get_start_method(allow_none=True))
 
 
 def main(conn: Connection, fds: list[int], rank: int, workers: int, job: Job, seed: int, threads: int) -> None:
@@ -85,7 +88,7 @@ def main(conn: Connection, fds: list[int], rank: int, workers: int, job: Job, se
     os.environ.update(job.environment | environment(rank, workers))
     multiprocessing.set_start_method(job.start_method, force=True)
     torch.set_num_threads(threads)
-    seed_all(seed, rank)
+    seed_all(seed_of(seed, rank))
     fn, args = job.load()
     worker = LoopWorker(rank, workers, conn, seed)
     try:
@@ -96,14 +99,6 @@ def main(conn: Connection, fds: list[int], rank: int, workers: int, job: Job, se
         conn.send(("stopped",))
     except Aborted:
         pass
-
-
-def seed_all(seed: int, rank: int) -> None:
-    """Another stream of torch's, NumPy's and Python's random numbers for every worker."""
-    own = seed_of(seed, rank)
-    torch.manual_seed(own)
-    np.random.seed(own % 2**32)
-    random.seed(own)
 
 
 def environment(rank: int, workers: int) -> dict[str, str]:

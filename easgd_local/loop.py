@@ -29,6 +29,7 @@ from easgd_local.centers import CenterState
 from easgd_local.child import Refusal
 from easgd_local.data.sampling import independent, shard
 from easgd_local.flat import Flat
+from easgd_local.randomness import seed_of
 from easgd_local.rules.base import Rule
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.eamsgd_sync import EAMSGDSync
@@ -233,11 +234,6 @@ class LoopWorker:
         self._conn.send((kind, *args, values) if values else (kind, *args))
 
 
-def seed_of(seed: int, rank: int) -> int:
-    """The seed of worker `rank`'s generators: another one for every worker and every seed of the run."""
-    return (seed * 1_000_003 + rank * 7919 + 1) % 2**63
-
-
 def fitted(rule: Rule, optimizer: Optimizer) -> Rule:
     """The rule with the optimizer's step size; `Refusal` where the two do not go together."""
     if not isinstance(rule, Rule):
@@ -249,7 +245,7 @@ def fitted(rule: Rule, optimizer: Optimizer) -> Rule:
         )
     group = optimizer.param_groups[0]
     usual: Any = type(rule)()
-    lr = float(group["lr"])
+    lr = float(group["lr"]) or float(group.get("initial_lr", 0)) or usual.lr  # a warm-up may begin at 0
     if isinstance(rule, Local) and rule.inner != usual.inner:
         raise Refusal(
             f"inner={rule.inner}: the local optimizer is the {type(optimizer).__name__} that is attached; leave "

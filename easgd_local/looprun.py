@@ -174,13 +174,20 @@ class LoopRun(Run):
             return
         self._clock.stop()
         if self._evaluates_at_end:
+            self._keep_statistics()
             self._center.leave[0] = 1
             return
         self._evaluates_at_end = True
         t = max(self._center.clock[rank] for rank in self._ranks)
         self._center.take_whole_snapshot()
         self._save_end(t)
-        self._ask(self._calendar.rounds_before(t) - 1, t)
+        if not (self._scores and self._evaluated_t == t):  # the last of the periodic ones was of the end
+            self._ask(self._calendar.rounds_before(t) - 1, t)
+
+    def _keep_statistics(self) -> None:
+        """The center ends with the statistics that were computed for it."""
+        if self._plan.buffers == "recalibrate" and self._buffers is not None:
+            self._center.vectors["c"][self._buffer_coordinates()] = self._buffers
 
     def _save_end(self, t: int) -> None:
         """A checkpoint of the end, to go on from with a longer loop, where runs have checkpoints."""

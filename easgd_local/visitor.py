@@ -240,12 +240,14 @@ class Visitor:
     # What it tells
 
     def _count_step(self, loss: float | None) -> None:
-        """A step is made: the clock moves; now and then the launcher is told."""
+        """A step is made: the clock moves."""
         self._made += 1
         self.t += 1
         if loss is not None:
             self._losses += loss
             self._losses_known += 1
+
+    def _report_now_and_then(self) -> None:
         if self.t % self._plan.report_every == 0 or time.perf_counter() - self._reported_at > REPORT_S:
             self._report()
 

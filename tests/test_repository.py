@@ -46,7 +46,7 @@ LAYERS = (
     ("turns", "center"),
     ("flat",),
     ("backend.*",),
-    ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition"),
+    ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition", "randomness"),
 )
 
 
