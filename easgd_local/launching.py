@@ -124,8 +124,8 @@ def launch(
     """
     if child.inside:
         raise ValueError(
-            'launch: called in a worker; a script launches under `if __name__ == "__main__":`, since its workers import '
-            "it, and a training function does not launch."
+            'launch: called in a worker; a script launches under `if __name__ == "__main__":`, since its workers '
+            "import it, and a training function does not launch."
         )
     if out is not None and resume is not None:
         raise ValueError(f"out={out} and resume={resume}: a resumed run stays in its folder; leave out away.")

@@ -129,7 +129,8 @@ class LoopWorker:
         self._meet_the_others(proposal, flat, attachment)
 
     def _meet_the_others(self, proposal: Proposal, flat: Flat, attachment: Attachment) -> None:
-        self._conn.send(("attach", proposal))
+        with contextlib.suppress(BrokenPipeError):  # refused already: the reason can still be read
+            self._conn.send(("attach", proposal))
         match self._conn.recv():
             case ("refused", text):
                 raise Refusal(text)

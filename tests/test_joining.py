@@ -95,8 +95,8 @@ def test_workers_with_different_models_are_told_in_one_sentence_each(tmp_path):
 def test_a_folder_that_is_taken_is_told_to_all_and_a_script_may_join_twice(tmp_path):
     twice = "loops.train(worker)\n" + (
         "try:\n"
-        "    with easgd.join(view=False, out='run') as worker:\n"
-        "        loops.train(worker)\n"
+        "    with easgd.join(view=False, out='run') as again:\n"
+        "        loops.train(again)\n"
         "except ValueError as error:\n"
         "    pathlib.Path(f'refused-{worker.rank}').write_text(str(error))\n"
     )
