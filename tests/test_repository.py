@@ -38,7 +38,7 @@ LAYERS = (
     ("worker", "attached"),
     ("visitor",),
     ("devices", "doctor"),
-    ("gradient", "stream_turns"),
+    ("gradient", "stream_turns", "curvature"),
     ("batches", "calibrate", "centers", "simulate.*"),
     ("metrics", "view", "report", "curves", "wording", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),
     ("rules.*",),
