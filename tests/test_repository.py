@@ -41,6 +41,7 @@ LAYERS = (
     ("gradient", "stream_turns", "curvature"),
     ("batches", "calibrate", "centers", "simulate.*"),
     ("metrics", "view", "report", "curves", "wording", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),
+    ("overhead",),
     ("rules.*",),
     ("optimizers",),
     ("turns", "center"),
