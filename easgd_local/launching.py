@@ -204,7 +204,7 @@ def prepare(
         _check_same(found[1].config, agreed.to_json(), folder)
         _check_same(saved_values(folder), agreed.to_json(), folder)
     check_room(plan, 1 + len(plan.rule.over_local) + len(plan.rule.over_scratch))
-    warnings = plan.rule.warnings(config.workers)
+    warnings = plan.rule.warnings(config.workers, turns=plan.turns)
     with Center.create(plan.layout) as center:
         filler, t, seconds = 0, proposal.t, 0.0
         starts = {rank: Start(t) for rank in range(config.workers)}

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from easgd_local import checkpoint, metrics, report
+from easgd_local import checkpoint, hardware, metrics, overhead, report
 from easgd_local.backend.cpu import Vector
 from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener, Metrics
@@ -61,6 +61,8 @@ class Run:
         self._held, self._diverged, self._abandoned, self._shown_at = False, False, False, 0.0
         self._failures: list[dict[str, Any]] = []
         self._warnings = list(prepared.warnings)
+        crowded = len(self._ranks) * self._plan.threads > hardware.cores()
+        self._overhead = overhead.watch(self._plan.rule, crowded=crowded)
 
     def execute(self) -> dict[str, Any]:
         """Trains to the end, or until interrupted; writes the run folder; returns the summary."""
@@ -240,6 +242,8 @@ class Run:
                 self._tallies[rank].count(values)
                 shown = {name: value for name, value in values.items() if name != "waited_for_s"}
                 self._event("worker", rank=rank, **shown)
+                if self._overhead and (advice := self._overhead.hear(rank, self._clock.seconds, values)):
+                    self._warn(advice)
             case ("event", "nonfinite", values), int(rank):
                 self._reloads[rank] += 1
                 self._event("nonfinite", rank=rank, times=self._reloads[rank], **values)
