@@ -133,6 +133,9 @@ class LoopRun(Run):
     # Checkpoints of workers whose loops are over while others' go on
 
     def _watch_rounds(self) -> None:
+        reached = max(self._center.clock[rank] for rank in self._ranks) + self._calendar.ahead
+        if self._next_round is not None and reached <= self._next_round * self._calendar.tau:
+            return  # to a round beyond the end nobody comes, its turns are all passed
         before = set(self._assembly.pending)
         super()._watch_rounds()
         self._save_finished([t for t in self._assembly.pending if t not in before])
