@@ -51,7 +51,7 @@ class Contest:
         for turn, seed in enumerate(comparison.run_seeds):
             for entry in rotated(comparison.entries, turn):
                 if self._recorded(entry, seed) is None:
-                    record = self._run_once(self._tuned(entry), self.steps(entry), seed, f"seed-{seed}")
+                    record = self._compared(entry, seed)
                     self._keep(record)
                     yield f"{entry.label}, seed {seed}: {told(record)}"
 
@@ -66,6 +66,17 @@ class Contest:
         self._save()
 
     # One run
+
+    def _compared(self, entry: Entry, seed: int) -> Record:
+        cause = self._without_pace(entry)
+        if cause is not None:
+            known = {"label": entry.label, "seed": seed, "lr": entry.rule.lr, "wanted_steps": None}
+            return {**known, "status": "failed", "cause": f"in its timed run: {cause}", "curve": []}
+        return self._run_once(self._tuned(entry), self.steps(entry), seed, f"seed-{seed}")
+
+    def _without_pace(self, entry: Entry) -> str | None:
+        """Why the timed run of the entry failed, if it did: nobody knows then how many steps to make."""
+        return self.state["paces"].get(entry.label, {}).get("cause")
 
     def _run_once(self, entry: Entry, steps: int, seed: int, name: str, **changed: Any) -> Record:
         """A run in a folder of its own; what an interrupted one has left there goes."""
@@ -95,7 +106,8 @@ class Contest:
                 pace = self._pace(entry)
                 self.state["paces"][entry.label] = pace
                 self._save()
-                yield f"{entry.label}, pace: {pace['steps_per_s']:,.4g} steps/s, so {pace['steps']:,} steps"
+                found = f"{pace['steps_per_s']:,.4g} steps/s, so {pace['steps']:,} steps"
+                yield f"{entry.label}, pace: {pace.get('cause') or found}"
 
     def _pace(self, entry: Entry) -> dict[str, Any]:
         budget_s, steps, least_s = self.comparison.budget_s, FIRST_PACE_STEPS, PACE_S
@@ -113,7 +125,7 @@ class Contest:
     def _tune_all(self) -> Iterator[str]:
         """Finds each entry's own step size, on a seed that is not compared."""
         for entry in self.comparison.entries:
-            if entry.label not in self.state["lrs"]:
+            if entry.label not in self.state["lrs"] and self._without_pace(entry) is None:
                 best = tuning.search(entry.rule.lr, self.steps(entry), partial(self._try, entry))
                 self.state["lrs"][entry.label] = best
                 self._save()
@@ -132,7 +144,8 @@ class Contest:
         return trial
 
     def _tuned(self, entry: Entry) -> Entry:
-        return entry.with_lr(self.state["lrs"][entry.label]) if self.comparison.tune else entry
+        lr = self.state["lrs"].get(entry.label)
+        return entry if lr is None else entry.with_lr(lr)
 
 
 def rotated(entries: tuple[Entry, ...], turn: int) -> tuple[Entry, ...]:

@@ -37,10 +37,12 @@ def look(comparison: Comparison) -> Outset:
         partition([entry.stop - entry.start for entry in Flat(model).trained], comparison.workers)  # says if too few
     if comparison.budget_s is not None:
         torch.set_num_threads(hardware.cores())
-        evaluate(model, dataset, samples=1)
-        began = time.perf_counter()
-        evaluate(model, dataset, samples=config.eval_samples, precision=config.precision)
-        _check_budget(comparison.budget_s, time.perf_counter() - began)
+        took_s = []
+        for _ in range(3):
+            began = time.perf_counter()
+            evaluate(model, dataset, samples=config.eval_samples, precision=config.precision)
+            took_s.append(time.perf_counter() - began)
+        _check_budget(comparison.budget_s, min(took_s))
     return Outset(len(dataset.train), len(dataset.test), sum(one.numel() for one in model.parameters()))
 
 

@@ -18,9 +18,13 @@ def saved_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / RESULTS).read_text())
         trials = json.loads((folder / TRIALS).read_text()) if (folder / TRIALS).exists() else []
         return dict(restored(state)) | {"trials": restored(trials)}
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
         raise ValueError(
-            f"{folder / RESULTS}: cannot be read as a comparison ({error}); give another --out."
+            f"resume={folder}: no comparison is there ({RESULTS}: {error.strerror}); name the folder of an earlier one."
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder / RESULTS}: is damaged ({error}); restore it, or start a new comparison with another --out."
         ) from error
 
 

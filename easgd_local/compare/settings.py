@@ -131,6 +131,9 @@ def duration(text: str) -> float:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, old value, new value) of what differs between the settings of two comparisons, as JSON."""
-    flat = [{**one, **one["common"], "entries": [str(each) for each in one["entries"]]} for one in (old, new)]
+    before, after = (", ".join(one["label"] for one in each["entries"]) for each in (old, new))
+    if before != after:
+        return [("entries", before, after)]
+    flat = [{**each, **each["common"]} for each in (old, new)]
     names = [name for name in flat[1] if name != "common"]
     return [(name, flat[0].get(name), flat[1][name]) for name in names if flat[0].get(name) != flat[1][name]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from easgd_local.compare.measuring import Record
 from easgd_local.compare.settings import Comparison
 from easgd_local.compare.standing import Spread, Standing
 from easgd_local.compare.tuning import COST
@@ -78,17 +79,18 @@ def screen(comparison: Comparison, standings: Sequence[Standing]) -> RenderableT
     from rich.table import Table
     from rich.text import Text
 
-    names = ("entry", "status", f"time to {100 * comparison.target_error:g} %\n(reached)", "final\ntest error",
-             "samples/s", "exchange,\nwaiting", "moved")  # fmt: skip
+    goal = f"{100 * comparison.target_error:g} %"
+    names = ("entry", "status", f"time to {goal}\n(reached)", "final\ntest error", "samples/s,\nmoved",
+             "exchange,\nwaiting")  # fmt: skip
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim")
     for place, name in enumerate(names):
-        shown.add_column(name, justify="left" if place < 2 else "right", no_wrap=place > 1)
+        shown.add_column(name, justify="left" if place < 2 else "right", no_wrap=place > 0)
     for one in standings:
         runs = sum(one.statuses.values())
         time = f"{_time(one).replace(' (', chr(10) + '(')}\n({one.reached}/{runs})"
+        rate = f"{_median(one.samples_per_s, count_text)}\n{_median(one.moved_bytes, bytes_text)}"
         spent = f"{_median(one.exchange_s, seconds_text)}\n{_median(one.wait_s, seconds_text)}"
-        cells = (one.label, one.status, time, _error(one.test_error).replace(" (", "\n("),
-                 _median(one.samples_per_s, count_text), spent, _median(one.moved_bytes, bytes_text))  # fmt: skip
+        cells = (one.label, one.status, time, _error(one.test_error).replace(" (", "\n("), rate, spent)
         shown.add_row(*(Text(cell, "red" if cell == one.status != "done" else "") for cell in cells))
     return Group(shown, *(Text(note, "dim") for note in notes(comparison)))
 
@@ -104,10 +106,16 @@ def markdown(comparison: Comparison, standings: Sequence[Standing], state: dict[
         "![test error against training seconds and against samples](comparison.png)",
         "## Failed and diverged runs",
         table(("entry", "seed", "status", "cause"), causes),
+        "## Warnings",
+        table(("entry", "seed", "warning"), _warnings(state["records"])),
     ]
     for name in ("settings", "hardware", "versions"):
         parts += [f"## {name.capitalize()}", table(("what", "value"), flattened(state[name]))]
     return "\n\n".join(parts) + "\n"
+
+
+def _warnings(records: Sequence[Record]) -> list[tuple[Any, ...]]:
+    return [(one["label"], one["seed"], warning) for one in records for warning in one.get("warnings") or ()]
 
 
 def bytes_text(value: float) -> str:
