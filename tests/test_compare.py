@@ -49,15 +49,17 @@ def test_the_order_of_turns_is_a_flag_of_an_entry() -> None:
 
 
 def test_a_comparison_is_read_back_from_json() -> None:
-    given = make_comparison(entries=["localsgd inner=adam", "easgd turns=none", "ddp"], budget="2m", tune=True, seed=5)
+    given = make_comparison(
+        entries=["localsgd inner=adam", "easgd turns=none", "ddp threads=3"], budget="2m", tune=True, seed=5
+    )
     assert Comparison.from_json(json.loads(json.dumps(given.to_json()))).to_json() == given.to_json()
     assert given.budget_s == 120 and given.run_seeds == [5, 6, 7] and given.tuning_seed == 8
 
 
 def test_an_entry_with_one_worker_gets_the_threads_of_all() -> None:
-    comparison = make_comparison(entries=["msgd", "ddp"], workers=3, threads=2)
+    comparison = make_comparison(entries=["msgd", "ddp", "msgd threads=1"], workers=3, threads=2)
     configs = [comparison.config(one, steps=40) for one in comparison.entries]
-    assert [(one.workers, one.threads, one.eval_every) for one in configs] == [(1, 6, 2), (3, 2, 2)]
+    assert [(one.workers, one.threads, one.eval_every) for one in configs] == [(1, 6, 2), (3, 2, 2), (1, 1, 2)]
 
 
 def test_epochs_give_all_entries_the_same_number_of_samples() -> None:
@@ -107,6 +109,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (["msgd", "easgd tau"], "tau is no flag with its value; write it like tau=16"),
     (["msgd", "easgd tau=x"], "tau=x: easgd needs a whole number"),
     (["msgd", "easgd lr=x"], "lr=x: easgd needs a number"),
+    (["msgd", "easgd threads=0"], "threads=0: of each worker, must be a whole number of at least 1"),
     (["msgd", "easgd lr=1 lr=2"], "gives a flag twice"),
     (["msgd", "easgd tau=0"], "tau=0: "),
     (["msgd", "ddp momentum=1"], "momentum=1.0: "),
@@ -223,6 +226,21 @@ def test_the_budget_becomes_steps_by_a_timed_run_of_each_entry(made_up: dict[str
     one = play(make_comparison(entries=["msgd", "ddp"], seeds=1, budget="10s"), tmp_path)
     assert [(label, steps) for label, seed, steps, _ in made_up["runs"] if seed == 0] == [("msgd", 500), ("ddp", 2000)]
     assert one.state["paces"]["ddp"]["steps_per_s"] == 200 and one.state["paces"]["ddp"]["timed_steps"] >= 200
+
+
+def test_the_pace_is_that_of_the_least_disturbed_timed_run(made_up: dict[str, Any], tmp_path: Path) -> None:
+    rates = iter([100, 40, 100, 5] + [100] * 20)
+    made_up["outcome"] = lambda entry, config: {"seconds": config.steps / next(rates)}
+    one = play(make_comparison(entries=["msgd", "ddp"], seeds=1, budget="10s"), tmp_path)
+    assert one.state["paces"]["msgd"]["steps_per_s"] == 100
+
+
+def test_a_report_says_where_training_times_are_not_equal(made_up: dict[str, Any], tmp_path: Path) -> None:
+    made_up["outcome"] = lambda entry, config: {"seconds": config.steps / (25 if config.seed else 50)}
+    comparison = make_comparison(entries=["msgd", "ddp lr=0.3"], seeds=1, budget="10s", seed=0)
+    one = play(comparison, tmp_path)
+    text = markdown(comparison, standings(one.records, 0.1), one.state)
+    assert "Unequal: against the budget of 10 s the median training time was: msgd 5 s, ddp lr=0.3 5 s." in text
 
 
 def test_an_entry_whose_timed_run_fails_is_reported(made_up: dict[str, Any], tmp_path: Path) -> None:

@@ -16,11 +16,15 @@ from easgd_local.rules.base import Rule, plain_type
 
 @dataclass(frozen=True)
 class Entry:
-    """A rule, or a rival, with its hyperparameters; `label` is as the user wrote it, and unlike all others."""
+    """A rule, or a rival, with its hyperparameters; `label` is as the user wrote it, and unlike all others.
+
+    turns and threads (of each worker) are those of the run where they are given.
+    """
 
     label: str
     rule: Rule
     turns: str | None = None
+    threads: int | None = None
 
     @property
     def is_rival(self) -> bool:
@@ -37,12 +41,12 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         rule = {"name": self.rule.name} | asdict(self.rule)
-        return {"label": self.label, "rule": rule, "turns": self.turns}
+        return {"label": self.label, "rule": rule, "turns": self.turns, "threads": self.threads}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Entry:
         rule = dict(values["rule"])
-        return cls(values["label"], ENTRANTS[rule.pop("name")](**rule), values["turns"])
+        return cls(values["label"], ENTRANTS[rule.pop("name")](**rule), values["turns"], values["threads"])
 
 
 def parse(texts: Sequence[str]) -> tuple[Entry, ...]:
@@ -69,15 +73,13 @@ def _parse(text: str) -> Entry:
     given = dict(_flag(text, word) for word in words)
     if len(given) < len(words):
         raise ValueError(f"entry={text!r}: gives a flag twice; give each of them once.")
-    turns = given.pop("turns", None)
+    label = " ".join([name, *(f"{one}={value}" for one, value in given.items())])
+    turns, threads = given.pop("turns", None), given.pop("threads", None)
     if turns is not None and (turns not in CHOICES["turns"] or issubclass(kind, Rival)):
         allowed = ", ".join(kind.orders)
         raise ValueError(f"turns={turns}: {name} is defined for turns {allowed}; leave turns out for {kind.orders[0]}.")
     values = {one: _value(kind, one, value) for one, value in given.items()}
-    label = " ".join(
-        [name, *(f"{one}={value}" for one, value in given.items()), *([f"turns={turns}"] if turns else [])]
-    )
-    return Entry(label, kind(**values), turns)
+    return Entry(label, kind(**values), turns, None if threads is None else _threads(threads))
 
 
 def _entrant(name: str) -> type[Rule]:
@@ -86,6 +88,12 @@ def _entrant(name: str) -> type[Rule]:
     near = get_close_matches(name.lower().replace("_", "-"), ENTRANTS, n=2)
     hint = f"did you mean {' or '.join(near)}?" if near else "choose one of them."
     raise ValueError(f"entry={name}: the entries are {', '.join(ENTRANTS)}; {hint}")
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"threads={text}: of each worker, must be a whole number of at least 1; try 1.")
+    return int(text)
 
 
 def _flag(text: str, word: str) -> tuple[str, str]:

@@ -90,6 +90,8 @@ class Comparison:
         }  # fmt: skip
         if own.get("threads") is not None and entry.rule.sequential:
             own["threads"] *= self.workers  # the whole machine for every entry
+        if entry.threads is not None:
+            own["threads"] = entry.threads
         if own.get("eval_every") is None:
             own["eval_every"] = max(1, steps // POINTS)
         return Config(rule=entry.rule, **own)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 NOTHING = "-"
+FAR = 0.25  # from the budget, as a share of it
 
 
 def head(target: float) -> list[str]:
@@ -42,9 +43,10 @@ def rows(standings: Sequence[Standing]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """What the columns mean, and what is equal for all entries."""
+def notes(comparison: Comparison, standings: Sequence[Standing]) -> list[str]:
+    """What the columns mean, what is equal for all entries, and where it came out otherwise."""
     found = [
+        *_unequal(comparison.budget_s, standings),
         f"Equal for all: {_length(comparison)}; model, start, data, minibatches by rank, weight decay and evaluation.",
         "Time to the target: training seconds until the first evaluation at or below it, median over the runs that "
         "reached it (least to largest). Evaluation and start-up are not counted.",
@@ -61,6 +63,20 @@ def notes(comparison: Comparison) -> list[str]:
             f"alike."
         )
     return found
+
+
+def _unequal(budget_s: float | None, standings: Sequence[Standing]) -> list[str]:
+    """A sentence where runs took much more or less time than the budget, so that nobody takes them for equal."""
+    if budget_s is None:
+        return []
+    far = [one for one in standings if one.seconds and abs(one.seconds.median / budget_s - 1) > FAR]
+    if not far:
+        return []
+    told = ", ".join(f"{one.label} {seconds_text(one.seconds.median)}" for one in far if one.seconds)
+    return [
+        f"Unequal: against the budget of {seconds_text(budget_s)} the median training time was: {told}. The machine "
+        f"was not equally busy in the timed run and in the compared ones; compare times to the target only."
+    ]
 
 
 def _length(comparison: Comparison) -> str:
@@ -92,7 +108,7 @@ def screen(comparison: Comparison, standings: Sequence[Standing]) -> RenderableT
         spent = f"{_median(one.exchange_s, seconds_text)}\n{_median(one.wait_s, seconds_text)}"
         cells = (one.label, one.status, time, _error(one.test_error).replace(" (", "\n("), rate, spent)
         shown.add_row(*(Text(cell, "red" if cell == one.status != "done" else "") for cell in cells))
-    return Group(shown, *(Text(note, "dim") for note in notes(comparison)))
+    return Group(shown, *(Text(note, "dim") for note in notes(comparison, standings)))
 
 
 def markdown(comparison: Comparison, standings: Sequence[Standing], state: dict[str, Any]) -> str:
@@ -102,7 +118,7 @@ def markdown(comparison: Comparison, standings: Sequence[Standing], state: dict[
     parts = [
         "# Comparison",
         table(head(comparison.target_error), rows(standings)),
-        "\n".join(f"- {note}" for note in notes(comparison)),
+        "\n".join(f"- {note}" for note in notes(comparison, standings)),
         "![test error against training seconds and against samples](comparison.png)",
         "## Failed and diverged runs",
         table(("entry", "seed", "status", "cause"), causes),
