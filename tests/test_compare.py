@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from easgd_local import cli
@@ -16,6 +17,7 @@ from easgd_local.compare import contest, tuning
 from easgd_local.compare.command import make_comparison
 from easgd_local.compare.contest import open_contest, rotated
 from easgd_local.compare.entries import Entry, parse
+from easgd_local.compare.figures import figure
 from easgd_local.compare.measuring import Interrupted, moved_bytes
 from easgd_local.compare.rivals import DDP, PostLocalSGD
 from easgd_local.compare.saved import restored, write_json
@@ -343,3 +345,15 @@ def test_numbers_that_are_not_finite_survive_the_file(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", values)
     found = restored(json.loads((tmp_path / "a.json").read_text()))
     assert math.isnan(found["records"][0]["curve"][0]["train_loss"]) and math.isnan(found["records"][0]["test_loss"])
+
+
+def test_the_picture_has_a_line_for_each_entry_through_its_medians() -> None:
+    shared = {"label": "a", "status": "done"}
+    runs = [{**shared, "curve": [point(0, 0.9), point(seconds, error)]} for seconds, error in ((1, 0.3), (2, 0.2))]
+    runs += [{**shared, "curve": [point(0, 0.9), point(6, 0.1)]}, {"label": "b", "status": "failed", "curve": []}]
+    runs += [{"label": "c", "status": "diverged", "curve": [point(0, 0.9)]}]
+    by_time, by_samples = figure(runs, 0.25, "heading").axes
+    assert [line.get_label() for line in by_time.lines] == ["a", "c (1 of 1 not done)", "target"]
+    assert list(by_time.lines[0].get_xdata()) == [0, 2] and list(by_samples.lines[0].get_xdata()) == [0, 20]
+    assert np.allclose(by_time.lines[0].get_ydata(), [90, 20])
+    assert "(s)" in by_time.get_xlabel() and "(%)" in by_time.get_ylabel() and "samples" in by_samples.get_xlabel()

@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
     "steps": STEPS, "batch_size": BATCH, "workers": WORKERS, "weight_decay": DECAY, "seeds": 1, "eval_every": 6,
     "threads": 1, "eval_samples": 50, "target_error": 0.5,
 }  # fmt: skip
-TIMES = {"seconds", "wall_s", "evaluate_s", "samples_per_s", "exchange_s", "wait_s", "curve"}
+TIMES = {"seconds", "wall_s", "evaluate_s", "samples_per_s", "exchange_s", "wait_s", "curve", "load"}
 
 
 def compare(out: Path, **changed: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ def measure(entry: Entry, config: Config) -> Record:
 
     assert config.out is not None
     began = time.perf_counter()
-    known = {"label": entry.label, "seed": config.seed, "lr": config.rule.lr, "wanted_steps": config.steps}
+    known = {
+        "label": entry.label, "seed": config.seed, "lr": config.rule.lr, "wanted_steps": config.steps,
+        "load": os.getloadavg()[0],
+    }  # fmt: skip
     try:
         summary = rival_run.train(config) if entry.is_rival else train(config)
     except (ValueError, MemoryError, OSError, RuntimeError) as error:

@@ -118,7 +118,7 @@ def markdown(comparison: Comparison, standings: Sequence[Standing], state: dict[
     parts = [
         "# Comparison",
         table(head(comparison.target_error), rows(standings)),
-        "\n".join(f"- {note}" for note in notes(comparison, standings)),
+        "\n".join(f"- {note}" for note in [*notes(comparison, standings), *_load(state["records"])]),
         "![test error against training seconds and against samples](comparison.png)",
         "## Failed and diverged runs",
         table(("entry", "seed", "status", "cause"), causes),
@@ -128,6 +128,17 @@ def markdown(comparison: Comparison, standings: Sequence[Standing], state: dict[
     for name in ("settings", "hardware", "versions"):
         parts += [f"## {name.capitalize()}", table(("what", "value"), flattened(state[name]))]
     return "\n\n".join(parts) + "\n"
+
+
+def _load(records: Sequence[Record]) -> list[str]:
+    """How busy the machine was with this and with other things."""
+    loads = sorted(one["load"] for one in records if "load" in one)
+    if not loads:
+        return []
+    return [
+        f"Load, processes running or ready in the minute before a run: median {loads[len(loads) // 2]:.1f}, largest "
+        f"{loads[-1]:.1f}. What else runs on the machine is felt most by those who wait for each other."
+    ]
 
 
 def _warnings(records: Sequence[Record]) -> list[tuple[Any, ...]]:
