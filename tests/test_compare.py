@@ -337,7 +337,7 @@ def test_the_report_names_what_failed_and_says_what_is_equal(made_up: dict[str, 
     one = play(comparison, tmp_path)
     text = markdown(comparison, standings(one.records, 0.1), one.state)
     assert "| ddp | 0 | failed | a \\| pipe |" in text and "7 steps of each worker" in text
-    assert "| msgd | done | 0.005 | 2 | 7 | 2 s | 1/1 | 5.00 % (n = 1) |" in text
+    assert "| msgd | done | 0.005 | 2 | 7 | 2 s | 64 | 1/1 | 5.00 % (n = 1) |" in text
 
 
 def test_numbers_that_are_not_finite_survive_the_file(tmp_path: Path) -> None:

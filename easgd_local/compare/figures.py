@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DASHES = ("-", "--", ":")
+FEW = 40  # points that are marked one by one
 
 
 def figure(records: Sequence[Record], target: float, heading: str) -> Figure:
@@ -56,5 +57,6 @@ def _draw(ax: Axes, x: str, runs: Sequence[Record], colour: str, dash: str) -> N
     middle, least, most = ([float(how(one)) for one in shown] for how in (np.median, np.min, np.max))
     bad = sum(one["status"] != "done" for one in runs)
     label = runs[0]["label"] + (f" ({bad} of {len(runs)} not done)" if bad else "")
-    ax.plot(at, middle, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=3, label=label)
+    marker = "o" if count <= FEW else None
+    ax.plot(at, middle, color=colour, linestyle=dash, linewidth=1.8, marker=marker, markersize=3, label=label)
     ax.fill_between(at, least, most, color=colour, alpha=0.15, linewidth=0)

@@ -23,8 +23,8 @@ FAR = 0.25  # from the budget, as a share of it
 def head(target: float) -> list[str]:
     """The names of the columns."""
     return [
-        "entry", "status", "lr", "p", "steps", f"time to {100 * target:g} %", "reached", "final test error",
-        "training time", "samples/s", "exchange", "waiting", "moved",
+        "entry", "status", "lr", "p", "steps", f"time to {100 * target:g} %", "samples to it", "reached",
+        "final test error", "training time", "samples/s", "exchange", "waiting", "moved",
     ]  # fmt: skip
 
 
@@ -34,8 +34,8 @@ def rows(standings: Sequence[Standing]) -> list[list[str]]:
         [
             one.label, one.status, f"{one.lr:g}", NOTHING if one.workers is None else str(one.workers),
             NOTHING if one.steps is None else f"{one.steps:,}",
-            _time(one), f"{one.reached}/{sum(one.statuses.values())}", _error(one.test_error),
-            _median(one.seconds, seconds_text), _median(one.samples_per_s, count_text),
+            _time(one), _median(one.samples_to_target, count_text), f"{one.reached}/{sum(one.statuses.values())}",
+            _error(one.test_error), _median(one.seconds, seconds_text), _median(one.samples_per_s, count_text),
             _median(one.exchange_s, seconds_text), _median(one.wait_s, seconds_text),
             _median(one.moved_bytes, bytes_text),
         ]
@@ -49,7 +49,7 @@ def notes(comparison: Comparison, standings: Sequence[Standing]) -> list[str]:
         *_unequal(comparison.budget_s, standings),
         f"Equal for all: {_length(comparison)}; model, start, data, minibatches by rank, weight decay and evaluation.",
         "Time to the target: training seconds until the first evaluation at or below it, median over the runs that "
-        "reached it (least to largest). Evaluation and start-up are not counted.",
+        "reached it (least to largest). Evaluation and start-up are not counted. Samples to it: of all workers.",
         f"Final test error: mean ± standard deviation over the runs that are done (n); {comparison.seeds} runs, "
         f"seeds {comparison.run_seeds[0]} to {comparison.run_seeds[-1]}. The other columns are medians.",
         "Exchange and waiting: seconds summed over the workers; torch's cannot be told apart from its backward pass. "
