@@ -198,16 +198,18 @@ def patched_steps(monkeypatch: pytest.MonkeyPatch) -> bool:
     return True
 
 
-@pytest.mark.parametrize("during", ["a rule", "a rival"])
+@pytest.mark.parametrize("during, number", [
+    ("a rule", signal.SIGINT), ("a rival", signal.SIGINT), ("a rival", signal.SIGTERM),
+])  # fmt: skip
 def test_an_interrupted_comparison_leaves_no_process_and_can_go_on(
     compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], during: str,
-    nothing_left: None,
+    number: int, nothing_left: None,
 ) -> None:  # fmt: skip
     entries = ["msgd", SMALL["entries"][0 if during == "a rule" else 2]]
     out, flags = tmp_path / "out", {name: value for name, value in SMALL.items() if name != "entries"}
     words = [*entries, *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())]
     with monkeypatch.context() as patch, unpainted():
-        interrupt_at(patch, 6, during)
+        interrupt_at(patch, 6, during, number)
         assert cli.main(["compare", *words, "--out", str(out)]) == cli.INTERRUPTED
     said = capsys.readouterr()
     assert said.err == f"easgd-local: error: interrupted; go on with easgd-local compare --resume {out}\n"
@@ -218,8 +220,8 @@ def test_an_interrupted_comparison_leaves_no_process_and_can_go_on(
     assert without_times(out) == expected
 
 
-def interrupt_at(patch: pytest.MonkeyPatch, t: int, during: str) -> None:
-    """Ctrl-C when a run of more than one worker has been evaluated at t."""
+def interrupt_at(patch: pytest.MonkeyPatch, t: int, during: str, number: int) -> None:
+    """Ctrl-C, or a signal like it, when a run of more than one worker has been evaluated at t."""
     kind: Any = training.Training if during == "a rule" else rival_run.RivalRun
     name = "_event"
     write: Callable[..., None] = getattr(kind, name)
@@ -228,7 +230,7 @@ def interrupt_at(patch: pytest.MonkeyPatch, t: int, during: str) -> None:
         write(self, event, **values)
         at = values.get("t", getattr(self, "_t", None))
         if event == "center" and at == t and self._plan.__dict__.get("workers", len(getattr(self, "_ranks", "12"))) > 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     patch.setattr(kind, name, strike)
 

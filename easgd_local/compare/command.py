@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -80,31 +81,24 @@ def execute(*, importing: AbstractContextManager[None] | None = None, **values: 
     warm_up("easgd_local.preload_loop")  # torch's optimizers, for the rivals
     with importing or nullcontext():
         from easgd_local.compare.contest import open_contest
+        from easgd_local.compare.measuring import Interrupted
         from easgd_local.compare.outset import look
     folder = Path(resume or out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-compare")
-    try:
-        facts = look(comparison)
-        with open_contest(comparison, folder, facts.train_samples) as contest:
+    facts = look(comparison)
+    with open_contest(comparison, folder, facts.train_samples) as contest:
+        try:
             yield _opening(comparison, folder, len(contest.records))
             try:
-                yield from _all_runs(contest)
+                yield from contest.run()
             finally:
                 written = list(_write(contest)) if contest.records else []
             yield from written
-    except KeyboardInterrupt:
-        raise Stopped(f"interrupted; go on with easgd-local compare --resume {folder}") from None
+        except (KeyboardInterrupt, Interrupted):
+            go_on = shlex.join(["easgd-local", "compare", "--resume", str(folder)])
+            raise Stopped(f"interrupted; go on with {go_on}") from None
     failed = [f"{one['label']} seed {one['seed']}" for one in contest.records if one["status"] == "failed"]
     if failed:
         raise Failed(f"{', '.join(failed)}: failed; --resume {folder} runs what failed again.")
-
-
-def _all_runs(contest: Contest) -> Iterator[str]:
-    from easgd_local.compare.measuring import Interrupted
-
-    try:
-        yield from contest.run()
-    except Interrupted:
-        raise KeyboardInterrupt from None
 
 
 def _saved(folder: Path, out: str | None, given: dict[str, Any]) -> Comparison:

@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ from easgd_local.config import Config
 from easgd_local.launcher import Launcher, Message
 from easgd_local.metrics import Metrics
 from easgd_local.prepare import load
+from easgd_local.run import signals
 from easgd_local.runfolder import claim
 
 POLL_S = 0.05
@@ -39,7 +41,8 @@ def train(config: Config) -> dict[str, Any]:
         plan = replace(plan, folder=folder)
         with Metrics(folder) as log, Launcher(folder / "logs") as launcher:
             course = RivalRun(plan, launcher, log)
-            course.execute([] if fd is None else [fd], description)
+            with signals(course.interrupt):
+                course.execute([] if fd is None else [fd], description)
     finally:
         if fd is not None:
             os.close(fd)
@@ -73,6 +76,7 @@ class RivalRun:
         self._t, self._seconds = 0, 0.0
         self._finished: set[int] = set()
         self._failures: list[dict[str, Any]] = []
+        self._interrupted = False
 
     def execute(self, fds: list[int], description: dict[str, Any]) -> None:
         """Until no process is left; the first that dies takes the others with it, as they would wait for it."""
@@ -82,15 +86,23 @@ class RivalRun:
             self._launcher.start(f"worker-{rank}", rival.main, fds, (rank, plan, description), rank)
             for rank in range(plan.workers)
         ]
-        while not self._failures and not all("ready" in one.said for one in children):
+        while not self._stops and not all("ready" in one.said for one in children):
             self._hear()
         for one in children:
             with contextlib.suppress(OSError):  # dead: its exit is about to be told
                 one.conn.send("go")
-        while self._launcher.alive and not self._failures:
+        while self._launcher.alive and not self._stops:
             self._hear()
         (plan.folder / "meeting").unlink(missing_ok=True)
         self._event("end", status=self.status)
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Answers Ctrl-C: all the processes are ended."""
+        self._interrupted = True
+
+    @property
+    def _stops(self) -> bool:
+        return self._interrupted or bool(self._failures)
 
     def _hear(self) -> None:
         for one, message in self._launcher.poll(POLL_S):
@@ -112,8 +124,10 @@ class RivalRun:
 
     @property
     def status(self) -> str:
-        """done, or failed: a process died, or the loss is not finite."""
+        """done, interrupted, or failed: a process died, or the loss is not finite."""
         ended = len(self._finished) == self._plan.workers
+        if self._interrupted and not ended:
+            return "interrupted"
         return "done" if ended and math.isfinite(self._scores["train_loss"]) else "failed"
 
     def summary(self, config: Config, model: nn.Module) -> dict[str, Any]:
