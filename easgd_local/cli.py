@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 from easgd_local import __version__
 from easgd_local.compare import command as compare_command
-from easgd_local.compare.settings import COMMON
+from easgd_local.compare.settings import COMMON, OTHERWISE
 from easgd_local.config import CHOICES, WORKERS, Config, refuse_change
 from easgd_local.rules import RULES, rule_class
 from easgd_local.rules.base import Rule, plain_type
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.add_argument("entries", metavar="ENTRY", nargs="*", default=[], help="what to compare, at least two")
     compare_command.add_flags(compare.add_argument_group("the comparison"))
-    _add_config_flags(compare.add_argument_group("the runs"), COMMON)
+    _add_config_flags(compare.add_argument_group("the runs"), [name for name in COMMON if name not in OTHERWISE])
     theory = commands.add_parser(
         "theory", help="draw the theory: stability and moments", usage="easgd-local theory NAME [--flag VALUE ...]",
         description="Computes what the theory of elastic averaging and ADMM says on a quadratic, and draws it.",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from easgd_local.compare.entries import parse
 from easgd_local.compare.rivals import RIVALS
-from easgd_local.compare.settings import COMMON, Comparison, duration
+from easgd_local.compare.settings import COMMON, POINTS, Comparison, duration
 from easgd_local.theory.command import number, whole, whole_file
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
     def add(name: str, read: Callable[[str], Any], word: str, text: str) -> None:
         group.add_argument(name, type=read, metavar=word, default=argparse.SUPPRESS, help=text)
 
+    add("--steps", whole, "N", f"steps of each worker; default {DEFAULT_STEPS} unless epochs or budget is given")
     add("--budget", str, "TIME", "instead of steps: training seconds of each run, such as 30s, 10m or 1h")
+    add("--eval-every", whole, "N", "steps between evaluations; 0 only at the start and the end; default steps / "
+        f"{POINTS}")  # fmt: skip
     add("--target-error", number, "X", "test error whose time is taken, a share in (0, 1) (default 0.1)")
     add("--seeds", whole, "N", "runs of each entry, with seeds from --seed on (default 3)")
     group.add_argument(

@@ -17,6 +17,7 @@ COMMON = (
     "weight_decay", "sampling", "seed", "schedule", "warmup", "lr_step", "lr_decay", "precision", "threads",
     "eval_every", "eval_samples",
 )  # fmt: skip
+OTHERWISE = {"steps", "eval_every"}  # of these, those whose default is another one than `train`'s
 UNITS_S = {"s": 1, "m": 60, "h": 3600}
 POINTS = 20  # evaluations of a run that does not say how often
 
