@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import math
-import random
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -25,8 +25,10 @@ from easgd_local.calibrate import recalibrate
 from easgd_local.center import Center
 from easgd_local.child import Refusal
 from easgd_local.flat import Entry, Flat, Naming
+from easgd_local.randomness import random_state, restore_random, seed_of, seeded
 from easgd_local.rules.base import Rule
-from easgd_local.visitor import Plan, Visitor
+from easgd_local.turns import Aborted
+from easgd_local.visitor import Plan, Start, Visitor
 
 BUFFERS = ("average", "recalibrate", "local")
 OPTIMIZER_STATES = ("local", "reset")
@@ -79,11 +81,12 @@ class Attached(Visitor):
 
     def __init__(
         self, rank: int, center: Center, plan: Plan, flat: Flat, attachment: Attachment, post: Callable[..., None],
-        conn: Connection, t: int,
+        conn: Connection, start: Start,
     ) -> None:  # fmt: skip
         rule = plan.rule
         super().__init__(
-            rank, center, plan, flat.buffers, post, t, kept=rule.over_local, scratch=rule.over_scratch
+            rank, center, plan, flat.buffers, post, start.t, kept=rule.over_local, scratch=rule.over_scratch,
+            joined_t=start.run_t,
         )  # fmt: skip
         self._flat, self._attachment, self._conn = flat, attachment, conn
         self._parameters = [id(one) for one in attachment.model.parameters()]
@@ -138,6 +141,7 @@ class Attached(Visitor):
     @torch.no_grad()
     def before_step(self) -> None:
         """The gradient is taken, nothing has moved yet."""
+        self._gather_buffers()
         self._check_bound()
         if self._between_t != self.t:
             self._boundary_in_step()
@@ -154,6 +158,7 @@ class Attached(Visitor):
         self._center.clock[self.rank] = self.t
         if self._rule.replaces:
             self._meet()
+        self._report_now_and_then()
         if self._stops or (self._in_rounds and self._checkpoint_due) or self._center.save[0] != self._saved_label:
             self._noted = self._passing_state()
         now = time.perf_counter() - self._turns.wait_s
@@ -192,6 +197,12 @@ class Attached(Visitor):
                 for parameter in group["params"]:
                     parameter.grad = None
 
+    def _gather_buffers(self) -> None:
+        try:
+            self._flat.gather_buffers()
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+
     def _check_bound(self) -> None:
         name = self._flat.strayed(self.x)
         if name is None and self.t % self._rule.period == 0:
@@ -217,6 +228,7 @@ class Attached(Visitor):
         if self._between_t == self.t:
             return
         self._between_t, self._noted = self.t, None
+        self._gather_buffers()
         if self._random is not None:
             restore_random(self._random)
             self._random = None
@@ -234,10 +246,29 @@ class Attached(Visitor):
         """The loop is over: saves what is due, waits until all workers have finished."""
         self._between_t = -1
         self.between_steps()
-        self._report()
-        self._post("own", self._flat.naming())
+        self._depart()
         self._post("finished")
         self._linger()
+
+    def _depart(self) -> None:
+        super()._depart()
+        self._post("own", self._flat.naming())
+
+    def _linger(self) -> None:
+        """Until all have finished; meanwhile this worker's state may belong to checkpoints."""
+        center = self._center
+        while not center.leave[0]:
+            if center.abort[0]:
+                raise Aborted
+            self._answer_end()
+            time.sleep(1e-3)
+        self._answer_end()
+
+    def _answer_end(self) -> None:
+        if (label := self._center.save[0]) != self._saved_label:
+            self._saved_label = label
+            self._save(label - 1)
+        self._while_held()
 
     def await_start(self) -> int:
         """Waits for the word to go, answering questions about the center; returns the clock of one that joins."""
@@ -247,8 +278,11 @@ class Attached(Visitor):
 
     def _while_held(self) -> None:
         while self._conn.poll():
-            _, t = self._conn.recv()
-            self._evaluate(t)
+            what, t = self._conn.recv()
+            if what == "save":
+                self._save(t)
+            else:
+                self._evaluate(t)
 
     # Checkpoints
 
@@ -288,9 +322,7 @@ class Attached(Visitor):
                 )
         for name, value in self._kept.items():
             self._place.load(value, state["kept"][name].numpy())
-        own = self._attachment.model.state_dict(keep_vars=True)
-        for name, value in state["own"].items():
-            own[name].copy_(value)
+        self._attachment.model.load_state_dict(state["own"], strict=False)
         for one, saved in zip(self._attachment.optimizers, state["optimizers"], strict=True):
             one.load_state_dict(saved)
         for one, saved in zip(self._attachment.stateful, state["stateful"], strict=True):
@@ -329,22 +361,25 @@ class Attached(Visitor):
         values[self._buffers] = snapshot["c"][self._buffers]
         self._post("taken")
         began, attachment = time.perf_counter(), self._attachment
-        before, model = random_state(), self.center_model(values)
-        if attachment.calibrate_on is not None:
-            recalibrate(model, attachment.calibrate_on)
-        scores = self._scores(model) if attachment.evaluate else {}
+        model = self.center_model(values)
+        with seeded(seed_of(self._plan.seed, t)):  # whoever evaluates, wherever it holds
+            if attachment.calibrate_on is not None:
+                recalibrate(model, attachment.calibrate_on)
+            scores = self._scores(model) if attachment.evaluate else {}
         buffers = self._flat.of(model).values()[self._buffers]
-        restore_random(before)
         self._post("evaluated", scores, buffers, time.perf_counter() - began)
 
     @torch.no_grad()
     def _scores(self, model: nn.Module) -> dict[str, float]:
         assert self._attachment.evaluate is not None
         try:
-            scores = self._attachment.evaluate(model.eval())
+            return numbers(self._attachment.evaluate(model.eval()), "evaluate")
         except Exception as error:
-            raise Refusal(f"evaluate: raised {type(error).__name__}: {error}; the run stops.") from error
-        return numbers(scores, "evaluate")
+            text = str(error) if isinstance(error, Refusal) else f"evaluate: raised {type(error).__name__}: {error}."
+            traceback.print_exc()
+            # The loop may catch exceptions around its step, so the launcher is told here.
+            self._post("failed evaluation", text)
+            raise Aborted from error
 
     # What the loop tells
 
@@ -375,18 +410,6 @@ def numbers(values: Any, what: str) -> dict[str, float]:
                 f"{what}: {name}={type(value).__name__} is not one number; give a number, or a tensor of one element."
             ) from None
     return plain
-
-
-def random_state() -> dict[str, Any]:
-    """The state of the generators that a training loop may draw from."""
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
-
-
-def restore_random(state: dict[str, Any]) -> None:
-    """Undoes what was drawn since `random_state`."""
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -64,11 +64,12 @@ class Positions:
     def __init__(self) -> None:
         self._made: list[Batches] = []
         self._saved: list[int] = []
+        self._first = 0
 
     def add(self, batches: Batches) -> None:
         """One more; it goes on where its predecessor in a resumed run was."""
-        if len(self._made) < len(self._saved):
-            batches.position = self._saved[len(self._made)]
+        known = len(self._made) < len(self._saved)
+        batches.position = self._saved[len(self._made)] if known else self._first
         self._made.append(batches)
 
     def now(self) -> list[int]:
@@ -81,6 +82,12 @@ class Positions:
         for one, position in zip(self._made, saved, strict=False):
             one.position = position
 
+    def begin_at(self, t: int) -> None:
+        """For a worker that joins at clock t in another's place: as if it had drawn one batch a step so far."""
+        self._first = t
+        for one in self._made:
+            one.position = t
+
     @property
     def batch_size(self) -> int | None:
         """Of the first; None when there is none."""
@@ -89,12 +96,14 @@ class Positions:
 
 class Loader(DataLoader[Any]):
     """A DataLoader that counts the batches it has handed out, so that a run resumes at the right one even when worker
-    processes read ahead. Its own randomness comes from the seed, not from the loop's generators."""
+    processes read ahead. Its own randomness comes from the seed and the epoch, not from the loop's generators: random
+    numbers drawn in its worker processes begin anew when a run is resumed in mid-epoch."""
 
     def __init__(self, dataset: Any, batches: Batches, **options: Any) -> None:
         batches._counted_by_loader = True
         super().__init__(dataset, batch_sampler=batches, **options)
         self.batches = batches
+        self._seed = self.generator.initial_seed()
 
     @property
     def epoch(self) -> int:
@@ -103,7 +112,7 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         assert self.generator is not None
-        self.generator.manual_seed(self.generator.initial_seed())
+        self.generator.manual_seed((self._seed + self.batches.epoch) % 2**63)
         ahead = super().__iter__()
         for _ in range(self.batches.position, self.batches.end):
             self.batches.hand_out()

@@ -107,6 +107,15 @@ class Assembly:
         """The shared vectors at step t; the caller gives them away."""
         self._centers[t] = vectors
 
+    @property
+    def pending(self) -> list[int]:
+        """The steps of the checkpoints that wait for workers."""
+        return sorted(self._centers)
+
+    def savers(self, t: int) -> set[int]:
+        """The workers that have brought their part of the checkpoint of step t."""
+        return set(self._saved.get(t, ()))
+
     def add_worker(self, t: int, rank: int, clock: int, name: str, digest: str) -> None:
         """Worker `rank` has written its file of the checkpoint of step t at its own clock."""
         self._saved.setdefault(t, {})[rank] = (clock, name, digest)

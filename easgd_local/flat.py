@@ -47,14 +47,15 @@ class Naming:
     """A model's state dict without the model: where in the vector each name lies, and the other tensors."""
 
     places: dict[str, Entry | None]  # in the order of the state dict
-    own: dict[str, Tensor]
+    own: dict[str, Any]  # tensors, and what get_extra_state gave
 
-    def state_dict(self, x: NDArray[np.float32]) -> dict[str, Tensor]:
+    def state_dict(self, x: NDArray[np.float32]) -> dict[str, Any]:
         """The state dict with the values of x, as contiguous copies."""
         flat = torch.from_numpy(x)
+        state = {name: self.own[name] if entry is None else entry.of(flat) for name, entry in self.places.items()}
         return {
-            name: (self.own[name] if entry is None else entry.of(flat)).clone(memory_format=torch.contiguous_format)
-            for name, entry in self.places.items()
+            name: value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+            for name, value in state.items()
         }
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -99,6 +100,9 @@ class Flat:
             self.entries.append(Entry(name, tuple(tensor.shape), start, stop, is_buffer, _dense_stride(tensor)))
             if place < len(trained):
                 self.trainable = stop
+        _check_memory(self.entries, self._tensors)
+        entry_of = {id(tensor): entry for entry, tensor in zip(self.entries, self._tensors, strict=True)}
+        self._places = {name: entry_of.get(id(tensor)) for name, tensor in saved.items()}
         if not trained:
             raise ValueError("the model has no trainable parameter: nothing to train; set requires_grad on some.")
         self.n = _aligned(stop)
@@ -168,10 +172,43 @@ class Flat:
 
     def naming(self) -> Naming:
         """The model's state dict as places in x, and copies of the tensors that are not in x."""
-        place = {id(tensor): entry for entry, tensor in zip(self.entries, self._tensors, strict=True)}
-        saved = {name: one for name, one in self.model.state_dict(keep_vars=True).items() if isinstance(one, Tensor)}
-        places = {name: place.get(id(tensor)) for name, tensor in saved.items()}
-        return Naming(places, {name: one.detach().clone() for name, one in saved.items() if places[name] is None})
+        now = self.model.state_dict()
+        own = {name: now[name] for name, entry in self._places.items() if entry is None}
+        return Naming(self._places, {n: one.clone() if isinstance(one, Tensor) else one for n, one in own.items()})
+
+    @torch.no_grad()
+    def gather_buffers(self) -> None:
+        """Takes back buffers that the model has assigned anew, as in `self.mean = 0.9 * self.mean + ...`.
+
+        Raises `ValueError` for one of another shape or type.
+        """
+        for index, entry in enumerate(self.entries):
+            if not entry.is_buffer:
+                continue
+            owner, _, name = entry.name.rpartition(".")
+            held = self.model.get_submodule(owner)._buffers
+            assigned, ours = held.get(name), self._tensors[index]
+            if assigned is ours:
+                continue
+            if assigned is None or assigned.shape != ours.shape or assigned.dtype != ours.dtype:
+                raise ValueError(
+                    f"{entry.name}: a float32 buffer of shape {tuple(ours.shape)} at attach, and now another one; "
+                    f"register it with persistent=False if it is no state to be averaged."
+                )
+            ours.copy_(assigned)
+            held[name] = ours
+
+
+def _check_memory(entries: list[Entry], tensors: list[Tensor]) -> None:
+    """`ValueError` for two parameters in the same memory: as one vector they would be two."""
+    seen: dict[int, str] = {}
+    for entry, tensor in zip(entries, tensors, strict=True):
+        other = seen.setdefault(tensor.data_ptr(), entry.name)
+        if other != entry.name and tensor.numel() and tensor.device.type != "meta":
+            raise ValueError(
+                f"{entry.name} and {other} lie in the same memory but are two parameters; tie them by using one "
+                f"Parameter twice, self.a.weight = self.b.weight."
+            )
 
 
 def _is_averageable(buffer: Tensor) -> bool:

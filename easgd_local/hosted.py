@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing.spawn
 import os
 import pickle
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from easgd_local.child import Refusal
-from easgd_local.loop import LoopWorker, seed_of
+from easgd_local.loop import LoopWorker
+from easgd_local.randomness import seed_all, seed_of
 from easgd_local.turns import Aborted
 from easgd_local.visitor import Stopped
 
@@ -28,9 +29,11 @@ class Job:
     """A function and its arguments, pickled, and how to find the script that they come from."""
 
     name: str
+    label: str  # of the run's folder: the script or module that it comes from
     pickled: bytes
     main: dict[str, str]
     environment: dict[str, str]  # as it is now: the fork server may be older
+    start_method: str | None  # of processes that the function starts, such as a DataLoader's
 
     def load(self) -> tuple[Callable[..., object], tuple[Any, ...]]:
         """The function and its arguments in this process; imports the script that they come from."""
@@ -47,9 +50,12 @@ class Job:
 
 def job_of(fn: Callable[..., object], args: tuple[Any, ...]) -> Job:
     """`ValueError` for a function that new processes cannot import."""
-    name = getattr(fn, "__qualname__", repr(fn))
     if not callable(fn):
         raise ValueError(f"fn={fn!r}: must be a function of one worker; launch(train, workers=4).")
+    whole = fn
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    name = getattr(fn, "__qualname__", type(fn).__name__)
     if not isinstance(args, tuple):
         raise ValueError(f"args={args!r}: must be a tuple, handed to the function after the worker; write args=(x,).")
     if "<lambda>" in name or "<locals>" in name:
@@ -58,7 +64,7 @@ def job_of(fn: Callable[..., object], args: tuple[Any, ...]) -> Job:
             f"function; define it at the top level of a module."
         )
     try:
-        pickled = pickle.dumps((fn, args))
+        pickled = pickle.dumps((whole, args))
     except Exception as error:  # what pickling raises depends on what is pickled
         raise ValueError(
             f"fn={name}: it or its args cannot be handed to new processes ({type(error).__name__}: {error}); give "
@@ -72,14 +78,17 @@ def job_of(fn: Callable[..., object], args: tuple[Any, ...]) -> Job:
             f"fn={name}: defined in a notebook or an interactive session, which new processes cannot import; write it "
             f"to a file (in a notebook with %%writefile), and import it from there."
         )
-    return Job(name, pickled, main, dict(os.environ))
+    module = fn.__module__ if isinstance(getattr(fn, "__module__", None), str) else ""
+    label = Path(path).stem if path and module == "__main__" else module.rpartition(".")[2]
+    return Job(name, label, pickled, main, dict(os.environ), multiprocessing.get_start_method(allow_none=True))
 
 
 def main(conn: Connection, fds: list[int], rank: int, workers: int, job: Job, seed: int, threads: int) -> None:
     """The process: the user's function from its first line to its return, then waiting for the others."""
     os.environ.update(job.environment | environment(rank, workers))
+    multiprocessing.set_start_method(job.start_method, force=True)
     torch.set_num_threads(threads)
-    seed_all(seed, rank)
+    seed_all(seed_of(seed, rank))
     fn, args = job.load()
     worker = LoopWorker(rank, workers, conn, seed)
     try:
@@ -90,14 +99,6 @@ def main(conn: Connection, fds: list[int], rank: int, workers: int, job: Job, se
         conn.send(("stopped",))
     except Aborted:
         pass
-
-
-def seed_all(seed: int, rank: int) -> None:
-    """Another stream of torch's, NumPy's and Python's random numbers for every worker."""
-    own = seed_of(seed, rank)
-    torch.manual_seed(own)
-    np.random.seed(own % 2**32)
-    random.seed(own)
 
 
 def environment(rank: int, workers: int) -> dict[str, str]:

@@ -7,11 +7,14 @@ gives and a Unix socket, over which the center's descriptor is passed; nothing o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
+import select
 import signal
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Client, Connection, Listener
@@ -23,14 +26,15 @@ import torch
 from easgd_local import child
 from easgd_local.centers import load_center
 from easgd_local.child import Refusal
-from easgd_local.hosted import seed_all
 from easgd_local.launcher import Child, Launcher
 from easgd_local.launching import LaunchConfig, conduct, prepare, run_folder, view_of
 from easgd_local.loop import LoopWorker
 from easgd_local.looprun import LoopRun
+from easgd_local.randomness import seed_all, seed_of
 from easgd_local.visitor import Stopped
 
-KEY_BYTES = 32
+KEY_BYTES, WATCH_S = 32, 0.5
+_JOINS = itertools.count()  # a script may join several times
 INTERRUPTED = 130
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -63,15 +67,16 @@ def join(
         leader = _Leader(config, None if resume is None else Path(resume), view) if rank == 0 else None
         if leader is not None:
             leader.start()
-            ends.callback(leader.join)
+            ends.callback(leader.end)
         conn = ends.enter_context(_meet(rank, leader))
-        seed_all(seed, rank)
+        seed_all(seed_of(seed, rank))
         worker = LoopWorker(rank, workers, conn, seed)
         ends.enter_context(_signals(leader, worker))
-        yield from _block(worker, conn)
+        with contextlib.nullcontext() if leader else _outlived_by(_peer(conn)):
+            yield from _block(worker, conn, leader)
 
 
-def _block(worker: LoopWorker, conn: Connection) -> Iterator[LoopWorker]:
+def _block(worker: LoopWorker, conn: Connection, leader: _Leader | None) -> Iterator[LoopWorker]:
     """The user's block, and how it ends."""
     try:
         yield worker
@@ -84,6 +89,8 @@ def _block(worker: LoopWorker, conn: Connection) -> Iterator[LoopWorker]:
         with contextlib.suppress(OSError):
             conn.send(child.failure(error))
             conn.send(("gone",))
+        if leader is not None:
+            leader.interrupt()  # or this process would not end before the others have come to theirs
         raise
     except BaseException:
         with contextlib.suppress(OSError):
@@ -119,7 +126,8 @@ def _meet(rank: int, leader: _Leader | None) -> Iterator[Connection]:
     from torch.distributed import PrefixStore, rendezvous
 
     store, _, _ = next(iter(rendezvous("env://")))
-    store = PrefixStore(f"easgd_local/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"easgd_local/{restarts}/{next(_JOINS)}", store)
     if leader is not None:
         store.set("address", pickle.dumps((leader.address, leader.key)))
         leader.store = store  # it must outlive the others' asking
@@ -127,6 +135,28 @@ def _meet(rank: int, leader: _Leader | None) -> Iterator[Connection]:
     with Client(address, family="AF_UNIX", authkey=key) as conn:
         conn.send(rank)
         yield conn
+
+
+@contextlib.contextmanager
+def _outlived_by(leader: int) -> Iterator[None]:
+    """The process ends at once if the leader's does meanwhile: nobody passes turns any more."""
+    over = threading.Event()
+
+    def watch() -> None:
+        pidfd, poll = os.pidfd_open(leader), select.poll()
+        poll.register(pidfd, select.POLLIN)
+        while not over.is_set():
+            if poll.poll(WATCH_S * 1000) and not over.is_set():
+                print("easgd_local: the process of rank 0 has died, so the run is over.", file=sys.stderr, flush=True)
+                os._exit(1)
+        os.close(pidfd)
+
+    watcher = threading.Thread(target=watch, name="easgd-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 @contextlib.contextmanager
@@ -184,6 +214,7 @@ class _Leader(threading.Thread):
         super().__init__(name="easgd-leader")
         self._config, self._resume, self._view = config, resume, view
         self._run: LoopRun | None = None
+        self._complete = self._ends = False
         self.key, self.store = os.urandom(KEY_BYTES), None
         name = f"\0easgd_local-{os.getpid()}-{os.urandom(8).hex()}"  # abstract: no file is left
         self._listener = Listener(name, family="AF_UNIX", backlog=config.workers, authkey=self.key)
@@ -194,14 +225,29 @@ class _Leader(threading.Thread):
         if self._run is not None:
             self._run.interrupt()
 
+    def end(self) -> None:
+        """Waits until all have gone; if not all have come yet, for nobody any more."""
+        self._ends = True
+        if not self._complete:
+            with contextlib.suppress(OSError, EOFError), Client(self.address, family="AF_UNIX", authkey=self.key):
+                pass  # it wakes the thread
+        self.join()
+
     def run(self) -> None:
         """Until all have gone."""
         conns: list[Connection] = []
         try:
-            with self._listener, run_folder(self._config, self._resume) as folder, _Guests(folder / "logs") as guests:
-                conns += [self._listener.accept() for _ in range(self._config.workers)]
+            with self._listener:
+                while len(conns) < self._config.workers:
+                    conns.append(self._listener.accept())
+                    if self._ends:
+                        return
+                self._complete = True
+            guests = _Guests(Path())
+            with guests:
                 children = sorted((guests.invite(conn) for conn in conns), key=lambda one: one.rank or 0)
-                _say(conns, ("over", self._lead(folder, guests, children)))
+                with run_folder(self._config, self._config.fn, self._resume) as folder:
+                    _say(conns, ("over", self._lead(folder, guests, children)))
         except KeyboardInterrupt:  # the run is saved, and everybody leaves
             pass
         except Exception as error:

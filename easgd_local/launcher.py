@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ from typing import Any
 
 from easgd_local import child
 
+_MAIN = threading.Lock()  # of threads that start children at the same time
 DESCENDANTS_S = 2.0  # how long to wait for the killed descendants of a dead child
 
 
@@ -79,14 +81,20 @@ class Launcher:
         process = _context().Process(
             target=child.enter, args=(main, theirs, log, len(fds), args), name=f"easgd-{name}", daemon=False
         )
-        with _without_main():
-            process.start()
-        assert process.pid is not None
-        theirs.close()
-        # The child waits for these descriptors before it does anything, so it cannot have exited unobserved.
-        pidfd = os.pidfd_open(process.pid)
-        new = Child(name, rank, process.pid, ours, pidfd, process)
-        self._watch(new)
+        try:
+            with _without_main():
+                process.start()
+            assert process.pid is not None
+            theirs.close()
+            # The child waits for these descriptors before it does anything, so it cannot have exited unobserved.
+            pidfd = os.pidfd_open(process.pid)
+            new = Child(name, rank, process.pid, ours, pidfd, process)
+            self._watch(new)
+        except BaseException:  # Ctrl-C, perhaps: nobody watches over it yet
+            if process.pid is not None:
+                process.kill()
+                process.join()
+            raise
         with contextlib.suppress(OSError):  # dead already: `poll` will say so
             for fd in fds:
                 send_handle(ours, fd, process.pid)
@@ -152,12 +160,13 @@ def _without_main() -> Iterator[None]:
 
     Otherwise a script without `if __name__ == "__main__":` would start its training again in every child.
     """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _MAIN:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def _drain(one: Child) -> list[Message]:

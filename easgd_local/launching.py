@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -103,7 +104,7 @@ def launch(
     fn: a function at the top level of a module or script; in it `worker.attach(model, optimizer, rule)` is all that a
     training loop needs (see `LoopWorker`). Scripts call `launch` under `if __name__ == "__main__":`.
     args: a tuple handed on to fn; must be picklable.
-    out: the run folder, default runs/<time>-<name of fn>; there are metrics.jsonl, summary.json, report.md, curves.png,
+    out: the run folder, default runs/<time>-<script>; there are metrics.jsonl, summary.json, report.md, curves.png,
     center.safetensors and what the workers print, in logs/. The result's attribute `folder` names it.
     resume: the folder of an interrupted run, or one whose loop is to be longer now, to go on with: `attach` then
     restores model, optimizers, generators, samplers and clock from its last checkpoint. Checkpoints are pickles: resume
@@ -118,11 +119,13 @@ def launch(
     faults: to try out what happens when workers fail, see easgd_local.faults.
 
     Raises `ValueError` or `MemoryError` for what cannot work, `RuntimeError` when no worker came to its end,
-    `KeyboardInterrupt` after an interrupted run is saved. No process and no memory is left in any case.
+    `KeyboardInterrupt`, with the attribute `folder`, after an interrupted run is saved. No process and no memory is
+    left in any case.
     """
     if child.inside:
         raise ValueError(
-            'launch: reached by a worker that imports the script; put the call under `if __name__ == "__main__":`.'
+            'launch: called in a worker; a script launches under `if __name__ == "__main__":`, since its workers '
+            "import it, and a training function does not launch."
         )
     if out is not None and resume is not None:
         raise ValueError(f"out={out} and resume={resume}: a resumed run stays in its folder; leave out away.")
@@ -134,12 +137,15 @@ def launch(
     )  # fmt: skip
     run = None if resume is None else Path(resume)
     warm_up("easgd_local.preload_loop")
-    with run_folder(config, run) as folder, Launcher(folder / "logs") as launcher:
-        start = partial(_start, launcher, job, config)
-        children = [start(rank) for rank in range(config.workers)]
-        with prepare(config, folder, run, launcher, children, start) as gathered:
-            live = view_of(view)
-            outcome = conduct(LoopRun(gathered, launcher, [*([live] if live else []), *listeners]), live)
+    with contextlib.ExitStack() as ends:
+        with _terminable():
+            folder = ends.enter_context(run_folder(config, job.label, run))
+            launcher = ends.enter_context(Launcher(folder / "logs"))
+            start = partial(_start, launcher, job, config)
+            children = [start(rank) for rank in range(config.workers)]
+            gathered = ends.enter_context(prepare(config, folder, run, launcher, children, start))
+        live = view_of(view)
+        outcome = conduct(LoopRun(gathered, launcher, [*([live] if live else []), *listeners]), live)
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
@@ -151,14 +157,28 @@ def _start(launcher: Launcher, job: hosted.Job, config: LaunchConfig, rank: int)
 
 
 @contextlib.contextmanager
-def run_folder(config: LaunchConfig, resume: Path | None) -> Iterator[Path]:
+def _terminable() -> Iterator[None]:
+    """SIGTERM is a Ctrl-C meanwhile, so that nothing is left behind (only the main thread can ask for that)."""
+    try:
+        old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+@contextlib.contextmanager
+def run_folder(config: LaunchConfig, label: str, resume: Path | None) -> Iterator[Path]:
     """The run folder, locked; a new one is removed again if the run does not come to its start."""
     with contextlib.ExitStack() as undo:
         if resume is not None:
             lock(resume, undo)
             yield resume
             return
-        folder = claim(config.out, config.fn.rpartition(".")[2], config.to_json(), {})
+        folder = claim(config.out, label, config.to_json(), {})
         lock(folder, undo)
         try:
             yield folder
@@ -184,7 +204,7 @@ def prepare(
         _check_same(found[1].config, agreed.to_json(), folder)
         _check_same(saved_values(folder), agreed.to_json(), folder)
     check_room(plan, 1 + len(plan.rule.over_local) + len(plan.rule.over_scratch))
-    warnings = plan.rule.warnings(config.workers)
+    warnings = plan.rule.warnings(config.workers, turns=plan.turns)
     with Center.create(plan.layout) as center:
         filler, t, seconds = 0, proposal.t, 0.0
         starts = {rank: Start(t) for rank in range(config.workers)}
@@ -212,7 +232,9 @@ def conduct(run: LoopRun, live: Screen | Lines | None) -> CenterState | BaseExce
     if run.error is not None:
         return run.error
     if summary["status"] == "interrupted":
-        return KeyboardInterrupt()
+        error = KeyboardInterrupt(f"interrupted; go on with resume={str(folder)!r}")
+        error.folder = folder  # type: ignore[attr-defined]
+        return error
     if summary["status"] != "done":
         return RuntimeError(f"the run failed: {run.reason}; see {folder}/report.md.")
     return CenterState(run.center_state(), folder, summary)

@@ -29,6 +29,7 @@ from easgd_local.centers import CenterState
 from easgd_local.child import Refusal
 from easgd_local.data.sampling import independent, shard
 from easgd_local.flat import Flat
+from easgd_local.randomness import seed_of
 from easgd_local.rules.base import Rule
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.eamsgd_sync import EAMSGDSync
@@ -128,14 +129,15 @@ class LoopWorker:
         self._meet_the_others(proposal, flat, attachment)
 
     def _meet_the_others(self, proposal: Proposal, flat: Flat, attachment: Attachment) -> None:
-        self._conn.send(("attach", proposal))
+        with contextlib.suppress(BrokenPipeError):  # refused already: the reason can still be read
+            self._conn.send(("attach", proposal))
         match self._conn.recv():
             case ("refused", text):
                 raise Refusal(text)
             case (_, plan, start, fills):
                 pass
         center = Center.attach(plan.layout, recv_handle(self._conn))
-        attached = Attached(self.rank, center, plan, flat, attachment, self._post, self._conn, start.t)
+        attached = Attached(self.rank, center, plan, flat, attachment, self._post, self._conn, start)
         if fills:
             attached.fill(self._state)
             self._post("filled")
@@ -144,11 +146,13 @@ class LoopWorker:
         if self._state is not None and start.saved is None:
             attached.restore(self._state)
         attached.bind()
+        state, self._attached, self._state = self._state, attached, None
         self._post("ready")
         t = attached.await_start()
         if start.joins:
             attached.join(t)
-        self._attached, self._state = attached, None
+        if start.saved is None and state is None:
+            self._positions.begin_at(attached.t)
 
     # What the loop may say and ask
 
@@ -231,11 +235,6 @@ class LoopWorker:
         self._conn.send((kind, *args, values) if values else (kind, *args))
 
 
-def seed_of(seed: int, rank: int) -> int:
-    """The seed of worker `rank`'s generators: another one for every worker and every seed of the run."""
-    return (seed * 1_000_003 + rank * 7919 + 1) % 2**63
-
-
 def fitted(rule: Rule, optimizer: Optimizer) -> Rule:
     """The rule with the optimizer's step size; `Refusal` where the two do not go together."""
     if not isinstance(rule, Rule):
@@ -247,7 +246,7 @@ def fitted(rule: Rule, optimizer: Optimizer) -> Rule:
         )
     group = optimizer.param_groups[0]
     usual: Any = type(rule)()
-    lr = float(group["lr"])
+    lr = float(group["lr"]) or float(group.get("initial_lr", 0)) or usual.lr  # a warm-up may begin at 0
     if isinstance(rule, Local) and rule.inner != usual.inner:
         raise Refusal(
             f"inner={rule.inner}: the local optimizer is the {type(optimizer).__name__} that is attached; leave "

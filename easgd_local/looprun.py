@@ -15,7 +15,7 @@ from easgd_local.flat import Naming
 from easgd_local.gathering import WorkerFailed, admit, check_alike
 from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener
-from easgd_local.run import Run
+from easgd_local.run import Run, tell
 from easgd_local.summary import Settings
 from easgd_local.visitor import Plan, Start
 
@@ -96,6 +96,11 @@ class LoopRun(Run):
                 self._namings[rank] = naming
             case ("event", "log", values), int(rank):
                 self._event("log", rank=rank, **values)
+            case ("failed evaluation", text), int(rank):
+                self._abandon(ValueError(f"worker {rank}: {text}"))
+            case ("finished",), int(rank):
+                super()._hear(one, message)
+                self._save_finished([*self._assembly.pending, *([self._stop_t] if self._stop_t >= 0 else [])])
             case _:
                 super()._hear(one, message)
 
@@ -125,6 +130,35 @@ class LoopRun(Run):
         self.error, self._abandoned = self.error or error, True
         self._stop_reason = self._stop_reason or str(error)
 
+    # Checkpoints of workers whose loops are over while others' go on
+
+    def _watch_rounds(self) -> None:
+        reached = max(self._center.clock[rank] for rank in self._ranks) + self._calendar.ahead
+        if self._next_round is not None and reached <= self._next_round * self._calendar.tau:
+            return  # to a round beyond the end nobody comes, its turns are all passed
+        before = set(self._assembly.pending)
+        super()._watch_rounds()
+        self._save_finished([t for t in self._assembly.pending if t not in before])
+
+    def _save_finished(self, steps: Sequence[int]) -> None:
+        """Asks those whose clocks stand below these steps for their part of the checkpoints."""
+        for t in steps:
+            for rank, one in self._workers.items():
+                if self._tallies[rank].state == "finished" and rank not in self._assembly.savers(t):
+                    tell(one, ("save", t))
+
+    def _waits_for_the_rest(self) -> bool:
+        return False  # the rest may be long
+
+    def _stop(self) -> None:
+        super()._stop()
+        self._save_finished([self._stop_t])
+
+    def _step(self, timeout_s: float) -> None:
+        super()._step(timeout_s)
+        if self._stop_t >= 0 and self._all_finished() and set(self._workers) <= self._assembly.savers(self._stop_t):
+            self._center.leave[0] = 1  # those whose loops were over when the others stopped
+
     # Evaluation
 
     @property
@@ -143,31 +177,28 @@ class LoopRun(Run):
             return
         self._clock.stop()
         if self._evaluates_at_end:
+            self._keep_statistics()
             self._center.leave[0] = 1
             return
         self._evaluates_at_end = True
         t = max(self._center.clock[rank] for rank in self._ranks)
         self._center.take_whole_snapshot()
         self._save_end(t)
-        self._ask(self._calendar.rounds_before(t) - 1, t)
+        if not (self._scores and self._evaluated_t == t):  # the last of the periodic ones was of the end
+            self._ask(self._calendar.rounds_before(t) - 1, t)
+
+    def _keep_statistics(self) -> None:
+        """The center ends with the statistics that were computed for it."""
+        if self._plan.buffers == "recalibrate" and self._buffers is not None:
+            self._center.vectors["c"][self._buffer_coordinates()] = self._buffers
 
     def _save_end(self, t: int) -> None:
         """A checkpoint of the end, to go on from with a longer loop, where runs have checkpoints."""
         every, clocks = self._calendar.checkpoint_every, [self._center.clock[rank] for rank in self._workers]
         if not every or (t % every == 0 and min(clocks) == t):
             return
-        if self._in_rounds and len({self._calendar.rounds_before(clock) for clock in clocks}) > 1:
-            self._warn("no checkpoint of the end: the workers' loops made different numbers of exchanges.")
-            return
         self._assembly.add_center(t, self._center.state())
         self._center.save[0] = t + 1
-
-    def _stop(self) -> None:
-        if any(self._tallies[rank].state == "finished" for rank in self._workers):
-            self._warn("no checkpoint of the stop: some workers' loops were over already.")
-            self._abandoned = True
-            return
-        super()._stop()
 
     def _finish(self) -> None:
         self._clock.stop()

@@ -58,7 +58,8 @@ def restore(
     elif dead := sorted(set(range(workers)) - set(clocks)):
         names = ", ".join(map(str, dead))
         warnings.append(f"worker {names} had died before the checkpoint and starts again from the center.")
-    return {rank: Start(clocks.get(rank, manifest.t), folder if rank in clocks else None) for rank in range(workers)}
+    t = manifest.t
+    return {rank: Start(clocks.get(rank, t), folder if rank in clocks else None, run_t=t) for rank in range(workers)}
 
 
 def copy_center(center: Center, names: list[str]) -> None:

@@ -16,10 +16,12 @@ from torch import nn
 from easgd_local import checkpoint, data, hardware, models
 from easgd_local.center import Center, Layout
 from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
+from easgd_local.curvature import start_curvature
 from easgd_local.data import Dataset
 from easgd_local.flat import Flat
 from easgd_local.outset import check_room, copy_center, restore, set_turns, shared_names
 from easgd_local.partition import partition
+from easgd_local.rules.elastic import Elastic
 from easgd_local.runfolder import claim, lock, saved_config, write_config
 from easgd_local.schedules import Calendar
 from easgd_local.visitor import Start
@@ -101,6 +103,8 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
         if plan.rule.divides:
             partition([entry.stop - entry.start for entry in flat.trained], plan.layout.workers)  # says if too few
         plan = replace(plan, layout=replace(plan.layout, n=flat.n))
+        curvature = _curvature(plan, flat.model, dataset)
+        warnings = _rule_warnings(config, curvature) + warnings
         check_room(plan, len(plan.rule.local) + len(plan.rule.scratch) + 2)
         center = undo.enter_context(Center.create(plan.layout))
         data_fd, description = data.to_memfd(dataset)
@@ -109,13 +113,15 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
         if manifest is None or resume is None:
             _start(center, plan, flat)
             starts, t, seconds = {rank: Start() for rank in range(plan.layout.workers)}, 0, 0.0
-            plan = replace(plan, folder=claim(config.out, config.rule.name, config.to_json(), _effective(plan)))
+            plan = replace(
+                plan, folder=claim(config.out, config.rule.name, config.to_json(), _effective(plan, curvature))
+            )
             lock_fd = lock(plan.folder, undo)
         else:
             starts = restore(center, plan, manifest, checkpoint.steps(resume)[-1], warnings)
             t, seconds = manifest.t, manifest.seconds
             plan = replace(plan, folder=resume)
-            write_config(resume, config.to_json(), _effective(plan))
+            write_config(resume, config.to_json(), _effective(plan, curvature))
         set_turns(center, plan.calendar.rounds_before(t))
         undo.pop_all()
     return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings, lock_fd)
@@ -179,7 +185,7 @@ def _plan(config: Config, dataset: Dataset) -> tuple[TrainingPlan, list[str]]:
             raise ValueError(f"epochs={config.epochs}: that is more than 10^12 steps; choose a smaller value.")
         steps = math.ceil(needed)
     evaluate_every = max(1, steps // CURVE_POINTS) if config.eval_every is None else config.eval_every
-    warnings = config.rule.warnings(workers)
+    warnings = []
     cores = hardware.cores()
     if workers > 2 * cores:
         warnings.append(
@@ -217,6 +223,20 @@ def _plan(config: Config, dataset: Dataset) -> tuple[TrainingPlan, list[str]]:
     return plan, warnings
 
 
+def _curvature(plan: TrainingPlan, model: nn.Module, dataset: Dataset) -> float | None:
+    """An estimate of the largest h at the start, for the rules whose bounds ask for it and where it is cheap."""
+    if not isinstance(plan.rule, Elastic):
+        return None
+    return start_curvature(model, dataset, plan.sampler(0, len(dataset.train)), plan.weight_decay)
+
+
+def _rule_warnings(config: Config, curvature: float | None) -> list[str]:
+    """What the rule has to say. After a warmup the curvature is no longer that of the start."""
+    assert config.workers is not None
+    assert config.turns is not None
+    return config.rule.warnings(config.workers, None if config.warmup else curvature, config.turns)
+
+
 def _checked_checkpoint(config: Config, run: Path) -> checkpoint.Manifest:
     """The newest checkpoint of the run to resume, verified; `ValueError` if `config` is that of another run."""
     for name, (old, new) in differences(saved_config(run), config).items():
@@ -239,8 +259,8 @@ def _check_work_left(config: Config, steps: int, t: int, run: Path) -> None:
         )
 
 
-def _effective(plan: TrainingPlan) -> dict[str, Any]:
-    """What the configuration leaves open, as it was decided."""
+def _effective(plan: TrainingPlan, curvature: float | None) -> dict[str, Any]:
+    """What the configuration leaves open, as it was decided or estimated."""
     calendar = plan.calendar
     return {
         "steps": calendar.steps,
@@ -250,6 +270,7 @@ def _effective(plan: TrainingPlan) -> dict[str, Any]:
         "lr": plan.learning_rate.lr,
         "schedule": plan.learning_rate.shape,
         **plan.rule.derived(plan.layout.workers),
+        **({"curvature": curvature} if isinstance(plan.rule, Elastic) else {}),
     }
 
 

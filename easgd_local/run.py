@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from easgd_local import checkpoint, metrics, report
+from easgd_local import checkpoint, hardware, metrics, overhead, report
 from easgd_local.backend.cpu import Vector
 from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener, Metrics
@@ -61,6 +61,8 @@ class Run:
         self._held, self._diverged, self._abandoned, self._shown_at = False, False, False, 0.0
         self._failures: list[dict[str, Any]] = []
         self._warnings = list(prepared.warnings)
+        crowded = len(self._ranks) * self._plan.threads > hardware.cores()
+        self._overhead = overhead.watch(self._plan.rule, crowded=crowded)
 
     def execute(self) -> dict[str, Any]:
         """Trains to the end, or until interrupted; writes the run folder; returns the summary."""
@@ -162,7 +164,7 @@ class Run:
         while self._workers and not self._gives_up:
             self._step(BUSY_S if self._due or self._stop_reason else IDLE_S)
             assert self._referee.is_alive(), "the referee died: nobody passes the turns of the dead any more"
-            if self._interrupts and not self._stop_reason and not self._center.leave[0]:
+            if self._interrupts and not self._stop_reason and not self._center.leave[0] and not self._all_finished():
                 self._stop_reason = "interrupted"
             if not (self._asked or self._due or self._stop_reason):
                 self._watch_rounds() if self._in_rounds else self._watch_clocks()
@@ -204,7 +206,8 @@ class Run:
         )  # fmt: skip
         self._event("end", t=summary["steps"], status=summary["status"])
         state = self.center_state()
-        (self._folder / "center.safetensors").write_bytes(safetensors.torch.save(state))
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        (self._folder / "center.safetensors").write_bytes(safetensors.torch.save(tensors))
         (self._folder / "summary.json").write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
         report.write(self._folder)
         return summary | {"folder": str(self._folder)}
@@ -239,6 +242,8 @@ class Run:
                 self._tallies[rank].count(values)
                 shown = {name: value for name, value in values.items() if name != "waited_for_s"}
                 self._event("worker", rank=rank, **shown)
+                if self._overhead and (advice := self._overhead.hear(rank, self._clock.seconds, values)):
+                    self._warn(advice)
             case ("event", "nonfinite", values), int(rank):
                 self._reloads[rank] += 1
                 self._event("nonfinite", rank=rank, times=self._reloads[rank], **values)
@@ -266,7 +271,7 @@ class Run:
 
     def _worker_died(self, rank: int, cause: str) -> None:
         t, tally, policy = self._center.clock[rank], self._tallies[rank], self._prepared.config.on_failure
-        made_a_step = t > tally.steps or tally.samples > 0
+        made_a_step = t > (tally.steps if tally.predecessors else self._prepared.t)
         tally.state, tally.steps = "died", t
         self._failures.append({"rank": rank, "t": t, "cause": cause})
         self._event("death", rank=rank, t=t, cause=cause)
@@ -378,7 +383,7 @@ class Run:
                 self._tallies[rank].state = "died"
                 self._launcher.kill(self._workers[rank])
         ranks = self._training()
-        ahead = any(self._tallies[rank].state == "finished" for rank in self._workers)
+        ahead = self._waits_for_the_rest()
         lets_finish = ahead and self._in_rounds and self._asked is None  # then the end is evaluated as usual
         if not lets_finish:
             self._end_evaluation()
@@ -395,6 +400,10 @@ class Run:
             center.save[0] = self._stop_t + 1
             center.stop[0] = 1
         self._event("stop", t=self._stop_t, reason=self._stop_reason)
+
+    def _waits_for_the_rest(self) -> bool:
+        """Whether a stop comes so late that all go to the end: some have got there already."""
+        return any(self._tallies[rank].state == "finished" for rank in self._workers)
 
     def _ask(self, round: int, t: int) -> None:
         if evaluator := self._evaluator:

@@ -54,7 +54,7 @@ class Visitor:
 
     def __init__(
         self, rank: int, center: Center, plan: Plan, buffers: slice, post: Callable[..., None], t: int, *,
-        kept: tuple[str, ...], scratch: tuple[str, ...], place: Place | None = None,
+        kept: tuple[str, ...], scratch: tuple[str, ...], place: Place | None = None, joined_t: int | None = None,
     ) -> None:  # fmt: skip
         self.rank, self.workers, self.t = rank, plan.layout.workers, t
         self._place = OnCpu(center, rank, plan.calendar) if place is None else place
@@ -66,7 +66,7 @@ class Visitor:
         self._kept = {name: vector(buffers.stop) for name in ("x", *kept)}
         self._vectors = self._kept | {name: vector(buffers.stop) for name in scratch} | dict(shared)
         self._vectors |= {name: shared[f"{name}{rank}"] for name in self._rule.allotted}
-        first_round = plan.calendar.rounds_before(t)
+        first_round = plan.calendar.rounds_before(t if joined_t is None else joined_t)
         self._turns = self._place.turns(
             plan.turns, self._hold_in_wait, first_round, lambda b: self._rule.close(self, b)
         )
@@ -124,7 +124,7 @@ class Visitor:
     def _linger(self) -> None:
         """Until all have finished: if the others are stopped before, this worker's state belongs to the checkpoint."""
         center = self._center
-        while not center.leave[0]:
+        while not center.leave[0] or center.save[0] != self._saved_label:
             if center.abort[0] or center.stop[0] or center.save[0] != self._saved_label:
                 self._boundary()
             self._while_held()
@@ -154,8 +154,12 @@ class Visitor:
         elif self._in_rounds and (stops or self._checkpoint_due):
             self._save(self.t)
         if stops:
-            self._report()
+            self._depart()
             raise Stopped
+
+    def _depart(self) -> None:
+        """The last words before a stop."""
+        self._report()
 
     @property
     def _stops(self) -> bool:
@@ -236,12 +240,14 @@ class Visitor:
     # What it tells
 
     def _count_step(self, loss: float | None) -> None:
-        """A step is made: the clock moves; now and then the launcher is told."""
+        """A step is made: the clock moves."""
         self._made += 1
         self.t += 1
         if loss is not None:
             self._losses += loss
             self._losses_known += 1
+
+    def _report_now_and_then(self) -> None:
         if self.t % self._plan.report_every == 0 or time.perf_counter() - self._reported_at > REPORT_S:
             self._report()
 
@@ -270,9 +276,12 @@ class Visitor:
 class Start:
     """Where a worker takes up: at clock t, from `saved` (a checkpoint's folder) or from the center.
 
-    One that `joins` a run under way, in place of a worker that died, is told its clock when it is ready.
+    `run_t` is the step of the run, whose rounds it makes from here on, where its own clock differs: the loops of users
+    need not all be equally long. One that `joins` a run under way, in place of a worker that died, is told its clock
+    when it is ready.
     """
 
     t: int = 0
     saved: Path | None = None
     joins: bool = False
+    run_t: int | None = None

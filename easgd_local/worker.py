@@ -137,6 +137,7 @@ class Worker(Visitor):
                 self.ops.fill(self.x[: self._gradient.n // 2], float("nan"))
             self._rule.step(self)
             self._count_step(self._gradient.loss)
+            self._report_now_and_then()
             faults.keep_pace(plan.faults, self.rank, self.t, time.perf_counter() - self._turns.wait_s - began)
         self._boundary()
         self._report()

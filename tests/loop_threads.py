@@ -20,7 +20,7 @@ from easgd_local.flat import Flat
 from easgd_local.outset import set_turns, shared_names
 from easgd_local.rules.base import Rule
 from easgd_local.schedules import Calendar
-from easgd_local.visitor import Plan
+from easgd_local.visitor import Plan, Start
 
 BLOCK_BYTES = 64
 Optimizers = tuple[torch.optim.Optimizer, ...]
@@ -96,7 +96,7 @@ class Team:
                 models[i], optimizers[i], buffers, optimizer_state, None, None, tuple(stateful), Positions()
             )
             post = lambda *args, i=i, **values: posts[i].append((*args, values))  # noqa: E731
-            team.append(Attached(i, center, plan, flats[i], attachment, post, Silent(), 0))  # type: ignore[arg-type]
+            team.append(Attached(i, center, plan, flats[i], attachment, post, Silent(), Start()))  # type: ignore[arg-type]
         team[0].fill(None)
         for one in team:
             one.take_up(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -211,3 +212,118 @@ def epochs_forever(worker: LoopWorker) -> None:
             Path("run", "under-way").touch()
 
     epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), 10**6, after)
+
+
+def keeps_its_own_checkpoints(worker: LoopWorker, folder: str, epochs: int) -> None:
+    """Saves its state itself at the end, and starts from what it finds."""
+    model = Odd()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.003)
+    file = Path(folder, f"{worker.rank}.pt")
+    if file.exists():
+        worker.load_state_dict(torch.load(file, weights_only=False))
+    worker.attach(model, optimizer, easgd.EASGD(tau=4))
+    began = worker.t
+    epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), epochs)
+    torch.save(worker.state_dict(), file)
+    Path(folder, f"{worker.rank}.txt").write_text(f"{began} {worker.t}")
+
+
+def short_and_long(worker: LoopWorker, steps: tuple[int, ...], stop_at: int = 0, evaluate: Any = None) -> None:
+    """Each worker makes its own number of steps; a loop that is longer now goes on."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    worker.attach(model, optimizer, easgd.EASGD(tau=4), evaluate=evaluate, evaluate_every=20 if evaluate else 0)
+    loader = worker.loader(digits()[0], 32)
+    while worker.t < steps[worker.rank]:
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+            if worker.t == stop_at and worker.rank == 1:
+                os.kill(int(os.environ["LAUNCHER"]), signal.SIGINT)
+            if worker.t == steps[worker.rank]:
+                break
+
+
+def start_method(worker: LoopWorker, folder: str) -> None:
+    (Path(folder) / f"{worker.rank}").write_text(multiprocessing.get_start_method())
+    train(worker)
+
+
+def never_recovers(worker: LoopWorker) -> None:
+    """Worker 1 dies after some steps, and in every later life before it has attached."""
+    marker = Path(os.environ["MARKER"])
+    if worker.rank == 1 and marker.exists():
+        raise RuntimeError("not again")
+    killed(worker, 2)
+
+
+def broken(model: nn.Module) -> dict[str, Any]:
+    raise KeyError("no such metric")
+
+
+def swallows_exceptions(worker: LoopWorker) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    worker.attach(model, optimizer, easgd.EASGD(tau=4), evaluate=broken_later, evaluate_every=8)
+    for inputs, targets in worker.loader(digits()[0], 32):
+        try:
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+        except Exception:
+            continue
+
+
+calls = 0
+
+
+def broken_later(model: nn.Module) -> dict[str, Any]:
+    global calls
+    calls += 1
+    return broken(model) if calls > 1 else {}
+
+
+class WithExtras(nn.Module):
+    """A buffer assigned in forward, and state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.words = network(), ["new"]
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = 0.5 * self.mean + 0.5
+        return self.body(x)
+
+    def get_extra_state(self) -> list[str]:
+        return self.words
+
+    def set_extra_state(self, state: list[str]) -> None:
+        self.words = state
+
+
+def extras(worker: LoopWorker, epochs: int, stop_at: int = 0) -> None:
+    model = WithExtras()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, t / 5))
+    worker.attach(model, optimizer, easgd.EASGD(tau=4), stateful=[warm_up], evaluate=mean_of)
+    model.words.append("trained")
+
+    def after() -> None:
+        warm_up.step()
+        if stop_at and worker.rank == 1 and worker.t == stop_at:
+            os.kill(int(os.environ["LAUNCHER"]), signal.SIGINT)
+
+    epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), epochs, after)
+
+
+def mean_of(model: nn.Module) -> dict[str, Any]:
+    return {"mean": model.mean}
+
+
+def diloco(worker: LoopWorker, epochs: int) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+    worker.attach(model, optimizer, easgd.DiLoCo(tau=11), evaluate=scores, evaluate_every=11)
+    epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), epochs)

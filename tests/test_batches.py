@@ -87,3 +87,17 @@ def test_positions_are_restored_to_samplers_made_before_and_after():
     late = batches()
     made.add(late)
     assert (early.position, late.position, made.now(), made.batch_size) == (3, 2, [3, 2], BATCH)
+
+
+class Noisy(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.randn(1)
+
+
+def test_a_loaders_processes_draw_other_noise_in_every_epoch():
+    loader = Loader(Noisy(), batches(), num_workers=1, generator=torch.Generator().manual_seed(1))
+    first, second = (torch.cat(list(loader)) for _ in range(2))
+    assert not torch.equal(first, second)

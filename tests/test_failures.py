@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import psutil
 import pytest
 import safetensors.torch
 
-from easgd_local import checkpoint, metrics
+from easgd_local import checkpoint, metrics, overhead
 from easgd_local.faults import Fault
 from easgd_local.rules.downpour import ADownpour
 from easgd_local.rules.eamsgd import EAMSGD
@@ -239,6 +240,17 @@ def test_what_a_dead_worker_has_done_is_counted_with_that_of_its_replacement(run
 def test_a_tau_that_is_never_reached_is_warned_about(run: Runner) -> None:
     (warning,) = run(workers=2, steps=20, rule=EASGD(tau=20))["warnings"]
     assert warning.startswith("tau=20 with steps=20: ") and "the center stays as it starts" in warning
+
+
+def test_exchanges_that_do_not_hide_are_warned_about_once_in_the_log_and_in_the_end(run: Runner, monkeypatch) -> None:
+    """Every share of the time is too much here, and every window long enough."""
+    monkeypatch.setattr(overhead, "THRESHOLD", 0.0)
+    monkeypatch.setattr(overhead, "WINDOW_S", 0.0)
+    summary = run(workers=2, steps=40, rule=EASGD(tau=2))
+    (warning,) = summary["warnings"]
+    assert re.match(r"tau=2: exchange.* take .* % of the time even of worker [01], .*: tau=\d+ would bring", warning)
+    assert [one["message"] for one in metrics.read(summary["folder"]) if one["kind"] == "warning"] == [warning]
+    assert warning in Path(summary["folder"], "report.md").read_text("utf-8")
 
 
 # A straggler

@@ -92,6 +92,20 @@ def test_workers_with_different_models_are_told_in_one_sentence_each(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_is_taken_is_told_to_all_and_a_script_may_join_twice(tmp_path):
+    twice = "loops.train(worker)\n" + (
+        "try:\n"
+        "    with easgd.join(view=False, out='run') as again:\n"
+        "        loops.train(again)\n"
+        "except ValueError as error:\n"
+        "    pathlib.Path(f'refused-{worker.rank}').write_text(str(error))\n"
+    )
+    code, _, err = ended(torchrun(tmp_path, twice))
+    assert code == 0, err
+    for rank in range(2):
+        assert (tmp_path / f"refused-{rank}").read_text().startswith("out=run: exists already and is not an empty f")
+
+
 def test_without_torchrun_join_says_what_to_do(monkeypatch):
     for name in joining.NEEDED:
         monkeypatch.delenv(name, raising=False)

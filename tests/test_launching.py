@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -118,6 +119,18 @@ def test_a_killed_worker_is_replaced_if_so_wanted(launch, tmp_path, monkeypatch)
     assert center.summary["worker_reports"][1]["state"] == "finished"
 
 
+def test_a_loop_may_keep_checkpoints_of_its_own(launch, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    launch(loops.keeps_its_own_checkpoints, str(folder), 1)
+    assert [(folder / f"{rank}.txt").read_text() for rank in range(2)] == ["0 22", "0 22"]
+    half = torch.load(folder / "0.pt", weights_only=False)["kept"]["x"]
+    center = launch(loops.keeps_its_own_checkpoints, str(folder), 2)
+    assert [(folder / f"{rank}.txt").read_text() for rank in range(2)] == ["22 44", "22 44"]
+    assert center.summary["steps"] == 44 and center.summary["exchanges"] == 2 * 5  # at steps 24, 28, 32, 36, 40
+    assert not torch.equal(torch.load(folder / "0.pt", weights_only=False)["kept"]["x"], half)
+
+
 def test_workers_see_the_variables_that_torchrun_sets(launch, tmp_path):
     launch(loops.environment, str(tmp_path))
     assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == ["0 0 2 2", "1 1 2 2"]
@@ -198,3 +211,70 @@ def test_a_resumed_run_stays_what_it_was(launch):
         launch(loops.resumable, 2, resume=half.folder, seed=1)
     with pytest.raises(ValueError, match=r"^rule=.*tau.*7.*: the run in .* was started with rule="):
         launch(functools.partial(loops.resumable, rule=easgd.EASGD(tau=7)), 2, resume=half.folder)
+
+
+# Loops of unequal length, and odd moments
+
+
+def test_a_worker_whose_loop_is_over_still_brings_its_part_of_checkpoints(launch):
+    center = launch(loops.short_and_long, (20, 60), checkpoint_every=10, keep=2)
+    saved = sorted((center.folder / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step-00000050", "step-00000060"]
+    clocks = [json.loads((path / "manifest.json").read_text())["clocks"] for path in saved]
+    assert clocks == [{"0": 20, "1": 50}, {"0": 20, "1": 60}]
+    longer = launch(loops.short_and_long, (40, 80), resume=center.folder, checkpoint_every=10)
+    assert [report["steps"] for report in longer.summary["worker_reports"]] == [40, 80]
+    assert longer.summary["failures"] == []
+
+
+def test_an_interrupt_when_some_loops_are_over_saves_and_can_be_resumed(launch, tmp_path):
+    with pytest.raises(KeyboardInterrupt) as caught:
+        launch(loops.short_and_long, (20, 10**6), 50)
+    folder = caught.value.folder
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert json.loads((saved / "manifest.json").read_text())["clocks"].keys() == {"0", "1"}
+    rest = launch(loops.short_and_long, (20, 70), resume=folder)
+    assert [report["steps"] for report in rest.summary["worker_reports"]] == [0, 70]  # of this launch
+    assert rest.summary["failures"] == [] and rest.summary["warnings"] == []
+
+
+def test_a_replacement_that_cannot_start_is_not_tried_again_and_again(launch, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARKER", str(tmp_path / "killed"))
+    center = launch(loops.never_recovers, workers=3, on_failure="respawn")
+    assert center.summary["status"] == "done"
+    assert [("not again" in one["cause"]) for one in center.summary["failures"]] == [False, True]
+
+
+def test_an_exception_in_evaluate_ends_the_run_even_if_the_loop_catches_it(launch):
+    with pytest.raises(ValueError, match=r"^worker 0: evaluate: raised KeyError: 'no such metric'\.$"):
+        launch(loops.swallows_exceptions)
+
+
+def test_processes_of_the_loops_own_start_as_they_would_without_launch(launch, tmp_path):
+    launch(loops.start_method, str(tmp_path))
+    assert {(tmp_path / f"{rank}").read_text() for rank in range(2)} == {multiprocessing.get_start_method()}
+
+
+def test_assigned_buffers_extra_state_and_a_warm_up_from_zero_are_resumed_too(launch):
+    whole = launch(loops.extras, 2)
+    assert whole["_extra_state"] == ["new", "trained"] and 0.99 < float(whole["mean"]) <= 1
+    loops.WithExtras().load_state_dict(whole)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        launch(loops.extras, 2, 25)
+    state = easgd.load_center(caught.value.folder)
+    assert int(state["body.2.num_batches_tracked"]) >= 25  # of the stop, not of the start
+    rest = launch(loops.extras, 2, resume=caught.value.folder)
+    assert sha(rest) == sha(whole) and torch.equal(rest["mean"], whole["mean"])
+
+
+def test_exchanges_of_rules_that_replace_x_are_all_counted_and_the_end_is_evaluated_once(launch):
+    center = launch(loops.diloco, 2)
+    assert center.summary["exchanges"] == 2 * 4 and center.summary["steps"] == 44
+    assert [event["t"] for event in metrics.read(center.folder) if event["kind"] == "center"] == [0, 11, 22, 33, 44]
+
+
+def test_a_run_folder_is_named_after_the_script_or_module(launch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    center = launch(functools.partial(loops.train, buffers="local"), out=None)
+    assert center.folder.parent.name == "runs" and center.folder.name.endswith("-loops")

@@ -10,7 +10,8 @@ from torch import nn
 
 import easgd_local as easgd
 from easgd_local.child import Refusal
-from easgd_local.loop import LoopWorker, fitted, seed_of
+from easgd_local.loop import LoopWorker, fitted
+from easgd_local.randomness import seed_of
 from easgd_local.rules import RULES
 
 

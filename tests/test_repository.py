@@ -39,15 +39,16 @@ LAYERS = (
     ("worker", "attached"),
     ("visitor",),
     ("devices", "doctor"),
-    ("gradient", "stream_turns"),
+    ("gradient", "stream_turns", "curvature"),
     ("batches", "calibrate", "centers", "simulate.*"),
     ("metrics", "view", "report", "curves", "wording", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),
+    ("overhead",),
     ("rules.*",),
     ("optimizers",),
     ("turns", "center"),
     ("flat",),
     ("backend.*",),
-    ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition"),
+    ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition", "randomness"),
 )
 
 

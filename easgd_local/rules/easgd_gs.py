@@ -43,23 +43,23 @@ class EASGDGaussSeidel(Elastic):
         if self.first not in FIRST:
             raise ValueError(f"first={self.first}: must be one of {', '.join(FIRST)}; choose one of them.")
 
-    def spectral_radius(self, workers: int) -> float:
-        """Of one cycle of the round robin on (x^1, ..., x^p, c) at τ = 1 and curvature h = 1."""
+    def spectral_radius(self, workers: int, curvature: float = 1.0) -> float:
+        """Of one cycle of the round robin on (x^1, ..., x^p, c) at τ = 1 and curvature h."""
         alpha, c, cycle = self.moving_rate(workers), workers, np.eye(workers + 1)
         for i in range(workers):
             pull, move = np.eye(workers + 1), np.eye(workers + 1)
             pull[c, [i, c]] = alpha, 1 - alpha  # c <- c + α(x - c)
-            move[i, [i, c]] = 1 - self.lr - alpha, alpha  # x <- x - ηx - α(x - c)
+            move[i, [i, c]] = 1 - self.lr * curvature - alpha, alpha  # x <- x - ηhx - α(x - c)
             cycle = (move @ pull if self.first == "center" else pull @ move) @ cycle
         return float(np.abs(np.linalg.eigvals(cycle)).max())
 
-    def warnings(self, workers: int) -> list[str]:
-        radius = self.spectral_radius(workers)
+    def _alpha_warnings(self, workers: int, h: float, turns: str, known: str) -> list[str]:
+        radius = self.spectral_radius(workers, h)
         if radius <= 1 + 1e-9:
             return []
         return [
             f"alpha={self.moving_rate(workers):.4g}: the round robin of {self.name} with {self.first} first has the "
-            f"spectral radius {radius:.4g} at lr={self.lr}, {workers} workers and curvature h = 1, beyond 1: expect "
+            f"spectral radius {radius:.4g} at lr={self.lr}, {workers} workers and curvature {known}, beyond 1: expect "
             f"oscillation; lower alpha or lr."
         ]
 

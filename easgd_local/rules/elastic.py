@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 
 BETA = 0.9  # the paper's experiments
 PER = ("exchange", "step")
+BOUNDS = {False: "(4 - 2ηh)/(4 - ηh)", True: "2(2 - ηh)/(2 + p(2 - ηh))"}  # of α, by whether differences are stale
+
+
+def _known(curvature: float | None) -> str:
+    """The curvature, and where it comes from."""
+    if curvature is None:
+        return "h = 1 (assumed)"
+    return f"h = {curvature:.3g} (the largest of one minibatch's loss at the start, estimated by Lanczos steps)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +32,6 @@ class Elastic(Rule):
 
     orders: ClassVar[tuple[str, ...]] = ("strict", "free", "none")
     over_scratch: ClassVar[tuple[str, ...]] = ("d",)
-    bound: ClassVar[str] = "(4 - 2ηh)/(4 - ηh)"  # of α, for the round robin: Zhang et al. 2015, section 4
 
     tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
     alpha: float | None = hyperparameter(None, "moving rate α; default β/p")
@@ -96,18 +103,46 @@ class Elastic(Rule):
             raise ValueError(f"{how} = {alpha:.4g}, but the moving rate must lie in [0, 1]; choose {most}.")
         return alpha
 
-    def alpha_limit(self, workers: int) -> float:
-        """The largest stable α with p workers at curvature h = 1: the value of `bound`."""
-        return (4 - 2 * self.lr) / (4 - self.lr) if self.lr < 2 else 0.0
+    def alpha_limit(self, workers: int, curvature: float = 1.0, turns: str = "") -> float:
+        """The largest α that is stable at every τ with p workers, curvatures up to h and this order of turns.
 
-    def warnings(self, workers: int) -> list[str]:
-        alpha, limit = self.moving_rate(workers), self.alpha_limit(workers)
+            exclusive turns:    (4 - 2ηh)/(4 - ηh)             Zhang et al. 2015, section 4
+            stale differences:  2(2 - ηh)/(2 + p(2 - ηh))      in a rendezvous; without turns the worst that can be
+
+        0 where ηh ≥ 2. Momentum is left out of account, as the paper does.
+        """
+        room = max(2 - self.lr * curvature, 0.0)  # 2 - ηh
+        return 2 * room / (2 + (workers if self._stale(turns) else 1) * room)
+
+    def lr_limit(self, curvature: float) -> float:
+        """The largest stable η of a worker alone: 2/h, with Nesterov momentum 2(1 + δ)/((1 + 2δ)h)."""
+        delta = getattr(self, "momentum", 0.0)
+        return 2 * (1 + delta) / ((1 + 2 * delta) * curvature)
+
+    def warnings(self, workers: int, curvature: float | None = None, turns: str = "") -> list[str]:
+        """Sentences about α and η; `curvature` is an estimate of h at the start, 1 is assumed without one."""
+        if curvature is not None and self.lr > (most := self.lr_limit(curvature)):
+            return [
+                f"lr={self.lr} is beyond {most:.3g}, where steps of {self.name} begin to grow at curvature "
+                f"{_known(curvature)}: if the loss does not settle, lower lr, or give a warmup."
+            ]
+        h = 1.0 if curvature is None else curvature
+        return self._alpha_warnings(workers, h, turns, _known(curvature))
+
+    def _alpha_warnings(self, workers: int, h: float, turns: str, known: str) -> list[str]:
+        alpha, limit = self.moving_rate(workers), self.alpha_limit(workers, h, turns)
         if alpha <= limit:
             return []
+        bound = BOUNDS[self._stale(turns)]
         return [
-            f"alpha={alpha:.4g} is beyond the stability bound {self.bound} = {limit:.4g} of {self.name} at "
-            f"lr={self.lr}, {workers} workers and curvature h = 1: expect oscillation; lower alpha or lr."
+            f"alpha={alpha:.4g} is beyond the stability bound {bound} = {limit:.4g} of {self.name} with "
+            f"turns={turns or self.orders[0]} at lr={self.lr}, {workers} workers and curvature {known}: expect "
+            f"oscillation; lower alpha or lr."
         ]
+
+    def _stale(self, turns: str) -> bool:
+        """Whether differences from one and the same center can be added to it."""
+        return (turns or self.orders[0]) in ("together", "none")
 
     def derived(self, workers: int) -> dict[str, float]:
         alpha = self.moving_rate(workers)
@@ -119,7 +154,6 @@ class Synchronous(Elastic):
     """Elastic averaging at a rendezvous: all differences are taken from the old center, and added in rank order."""
 
     orders: ClassVar[tuple[str, ...]] = ("together",)
-    bound: ClassVar[str] = "2(2 - ηh)/(2 + p(2 - ηh))"  # of α, when all differences are stale
 
     def meet(self, w: ExchangeView) -> Vector | None:
         """Every τ steps: d <- α(x - c) with the old c, c <- c + Σ d."""
@@ -131,7 +165,3 @@ class Synchronous(Elastic):
         for b in w.turns():
             w.ops.add(w.c[b], w.d[b])  # c <- c + d
         return w.d
-
-    def alpha_limit(self, workers: int) -> float:
-        """The largest stable α with p workers at curvature h = 1: the value of `bound`."""
-        return 2 * (2 - self.lr) / (2 + workers * (2 - self.lr)) if self.lr < 2 else 0.0
