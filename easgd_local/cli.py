@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 from easgd_local import __version__
+from easgd_local.compare import command as compare_command
+from easgd_local.compare.settings import COMMON, OTHERWISE
 from easgd_local.config import CHOICES, WORKERS, Config, refuse_change
 from easgd_local.rules import RULES, rule_class
 from easgd_local.rules.base import Rule, plain_type
@@ -79,6 +81,14 @@ def parser() -> argparse.ArgumentParser:
     run = train.add_argument_group("the run")
     _add_config_flags(run)
     run.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
+    compare = commands.add_parser(
+        "compare", help="does it pay? rules and PyTorch's own ways on this machine", argument_default=argparse.SUPPRESS,
+        usage=compare_command.USAGE, description=compare_command.DESCRIPTION,
+        epilog="Exit codes: 0 done (diverged runs are a result), 1 a run failed, 2 bad usage, 130 interrupted.",
+    )  # fmt: skip
+    compare.add_argument("entries", metavar="ENTRY", nargs="*", default=[], help="what to compare, at least two")
+    compare_command.add_flags(compare.add_argument_group("the comparison"))
+    _add_config_flags(compare.add_argument_group("the runs"), [name for name in COMMON if name not in OTHERWISE])
     theory = commands.add_parser(
         "theory", help="draw the theory: stability and moments", usage="easgd-local theory NAME [--flag VALUE ...]",
         description="Computes what the theory of elastic averaging and ADMM says on a quadratic, and draws it.",
@@ -108,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 the run failed, 2 bad usage, 130 interrupted."""
     arguments = vars(parser().parse_args(argv))
     commands: dict[str, Callable[[dict[str, Any]], int]] = {
-        "train": _train, "doctor": _doctor,
+        "train": _train, "compare": _compare, "doctor": _doctor,
         "theory": partial(_draw, theory_command.execute), "simulate": partial(_draw, simulate_command.execute),
     }  # fmt: skip
     return commands[arguments.pop("command")](arguments)
@@ -143,6 +153,31 @@ def _draw(execute: Callable[..., Iterable[str]], arguments: dict[str, Any]) -> i
         return FAILED
     except KeyboardInterrupt:
         _complain("interrupted; files not named yet are as they were.")
+        return INTERRUPTED
+    return DONE
+
+
+def _compare(arguments: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    try:
+        for part in compare_command.execute(importing=_leaving_at_once(), **arguments):
+            console.print(part, markup=False, soft_wrap=isinstance(part, str))
+    except (ValueError, MemoryError) as error:
+        _complain(str(error) or "there is not enough memory for this; choose a smaller model, or fewer workers.")
+        return USAGE
+    except compare_command.Failed as failure:
+        _complain(str(failure))
+        return FAILED
+    except OSError as error:
+        _complain(f"{error.filename}: cannot be written ({error.strerror}); make room, and give the same --out.")
+        return FAILED
+    except compare_command.Stopped as stop:
+        _complain(str(stop))
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        _complain(INTERRUPTED_EARLY)
         return INTERRUPTED
     return DONE
 
@@ -329,11 +364,12 @@ def _add_rule_flags(group: Any, *, without: str = "") -> None:
         _add_flag(group, name, plain_type(hints[name]), _help(one, defaults))
 
 
-def _add_config_flags(group: Any) -> None:
+def _add_config_flags(group: Any, names: Sequence[str] = ()) -> None:
+    """The flags of the run: these, or all."""
     hints = get_type_hints(Config)
     for one in fields(Config):
         kind, text = plain_type(hints[one.name]), _help(one, {"": one.default})
-        if one.name in NOT_FLAGS:
+        if one.name in NOT_FLAGS or (names and one.name not in names):
             continue
         if kind is bool:
             group.add_argument(_flag(one.name), action="store_true", help=text)

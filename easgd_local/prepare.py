@@ -94,7 +94,7 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
     with contextlib.ExitStack() as undo:
         lock_fd = -1 if resume is None else lock(resume, undo)  # first: a run in progress moves its checkpoints
         manifest = None if resume is None else _checked_checkpoint(config, resume)
-        dataset = _load(config)
+        dataset = load(config)
         plan, warnings = _plan(config, dataset)
         if resume is not None and manifest is not None:
             _check_work_left(config, plan.calendar.steps, manifest.t, resume)
@@ -127,7 +127,8 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
     return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings, lock_fd)
 
 
-def _load(config: Config) -> Dataset:
+def load(config: Config) -> Dataset:
+    """The data set of a configuration; `ValueError` if its folder cannot be read."""
     budget = None if config.memory_budget is None else int(config.memory_budget * 2**30)
     try:
         return data.load(

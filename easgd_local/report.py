@@ -39,26 +39,27 @@ def markdown(config: dict[str, Any], summary: dict[str, Any], events: Sequence[E
     digest = f"`{summary.get('center_sha256') or UNKNOWN}`"
     parts = [
         f"# {title(facts)}",
-        _table(("what", "value"), [*summary_rows(facts, events), ("center_sha256", digest)]),
+        table(("what", "value"), [*summary_rows(facts, events), ("center_sha256", digest)]),
         "![center loss and test error against seconds and worker steps](curves.png)",
         "The losses of the center are measured on the center itself, by evaluation; the losses of the workers are "
         "means over their own minibatches, at their own copies of the model.",
         "## Workers",
-        _table(WORKER_HEAD, worker_rows(summary)),
+        table(WORKER_HEAD, worker_rows(summary)),
         "Stale by: how many updates of a block others made, at most, between two visits of the worker.",
         "## Vectors",
-        _table(("place", "name", "size (bytes)"), vectors),
+        table(("place", "name", "size (bytes)"), vectors),
         "## Failures",
-        _table(("worker", "step", "cause"), failures),
+        table(("worker", "step", "cause"), failures),
         "## Warnings",
         "\n".join(f"- {_cell(w)}" for w in warnings) or "None.",
     ]
     for name in ("effective", "hardware", "versions", "config"):
-        parts += [f"## {name.capitalize()}", _table(("what", "value"), flattened(config.get(name) or {}))]
+        parts += [f"## {name.capitalize()}", table(("what", "value"), flattened(config.get(name) or {}))]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The rows as a table in Markdown; "None." without any."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines) if rows else "None."
 

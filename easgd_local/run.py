@@ -70,7 +70,7 @@ class Run:
         with (
             self._tensorboard() as tensorboard,
             Metrics(self._folder, self._listeners + tensorboard, resume_t=self._prepared.t) as self._metrics,
-            _signals(self._interrupt),
+            signals(self._interrupt),
             self._processes() as self._launcher,
             Referee(self._center, self._calendar, self._plan.rule, self._plan.turns) as self._referee,
         ):
@@ -468,7 +468,7 @@ def tell(one: Child, word: Any) -> None:
 
 
 @contextlib.contextmanager
-def _signals(handler: Any) -> Iterator[None]:
+def signals(handler: Any) -> Iterator[None]:
     """SIGINT and SIGTERM are answered by `handler` meanwhile (only the main thread can ask for that)."""
     try:
         old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -24,6 +24,7 @@ PACKAGE = ROOT / "easgd_local"
 LAYERS = (
     ("easgd_local", "__main__"),  # the package itself only says, when asked, where its names live
     ("cli",),
+    ("compare.*",),
     ("training", "joining"),
     ("launching",),
     ("prepare", "looprun"),

@@ -38,13 +38,13 @@ def runs(found: Sequence[Cell], measure: str, target: float) -> Figure:
         for ax, label in ((by_time, "virtual time (s)"), (by_gradients, "gradients of all workers together")):
             ax.axhline(target * start, color="black", linestyle=":", linewidth=1.2)
             ax.set(xlabel=label, ylabel=f"{measure} of the center", yscale="log", ylim=_height(shown, target))
-            ax.xaxis.set_major_formatter(_thousands())
-            _decades(ax.yaxis)
+            ax.xaxis.set_major_formatter(thousands())
+            decades(ax.yaxis)
         stale.set(xlabel="staleness (updates of a block by others between two visits)", ylabel="share of visits (%)")
         stale.set(xlim=(-0.5, None), ylim=(0, None))
         if max(max(cell.best.staleness) for cell in shown) > 50:
             stale.set_xscale("symlog", linthresh=10)
-            stale.xaxis.set_major_formatter(_thousands())
+            stale.xaxis.set_major_formatter(thousands())
         _shares(shares, shown)
         handles: dict[str, Any] = {
             _label(cell): line for cell, line in zip(shown, by_time.lines, strict=False)
@@ -94,7 +94,7 @@ def sweep(table: Mapping[str, Sequence[Sequence[Cell]]], target: float) -> Figur
                     _write(ax, x, y, cell, row[0], norm)
         bar = fig.colorbar(image, ax=list(axes), extend="neither")
         bar.set_label("virtual seconds to the target")
-        _decades(bar.ax.yaxis)
+        decades(bar.ax.yaxis)
         heading = f"Time to {100 * target:g} % of the error at the start\n×: how much faster than the first column"
         fig.suptitle(heading, fontsize=12, fontweight="bold")
     return fig
@@ -141,16 +141,17 @@ def _height(shown: Sequence[Cell], target: float) -> tuple[float, float]:
     return least / 1.5, 2 * start
 
 
-def _decades(axis: Any) -> None:
+def decades(axis: Any) -> None:
     """Plain numbers at 1, 2 and 5 times the powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(_thousands())
+    axis.set_major_formatter(thousands())
     axis.set_minor_formatter(NullFormatter())
 
 
-def _thousands() -> Any:
+def thousands() -> Any:
+    """Numbers with commas between thousands."""
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda x, _: f"{x:,.10g}")

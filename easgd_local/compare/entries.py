@@ -1,0 +1,118 @@
+"""What takes part in a comparison: a rule or a rival with its own flags, in one word of the command line."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, get_type_hints
+
+from easgd_local.compare.rivals import ENTRANTS, Rival
+from easgd_local.config import CHOICES
+from easgd_local.rules.base import Rule, plain_type
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A rule, or a rival, with its hyperparameters; `label` is as the user wrote it, and unlike all others.
+
+    turns and threads (of each worker) are those of the run where they are given.
+    """
+
+    label: str
+    rule: Rule
+    turns: str | None = None
+    threads: int | None = None
+
+    @property
+    def is_rival(self) -> bool:
+        return isinstance(self.rule, Rival)
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        return self.label.replace(" ", ",")
+
+    def with_lr(self, lr: float) -> Entry:
+        """The same at another step size."""
+        return replace(self, rule=replace(self.rule, lr=lr))
+
+    def to_json(self) -> dict[str, Any]:
+        rule = {"name": self.rule.name} | asdict(self.rule)
+        return {"label": self.label, "rule": rule, "turns": self.turns, "threads": self.threads}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Entry:
+        rule = dict(values["rule"])
+        return cls(values["label"], ENTRANTS[rule.pop("name")](**rule), values["turns"], values["threads"])
+
+
+def parse(texts: Sequence[str]) -> tuple[Entry, ...]:
+    """The entries that these words describe, such as "eamsgd tau=16 lr=0.01"; `ValueError` for one that is none.
+
+    Equal ones are told apart by a number: "easgd", "easgd 2".
+    """
+    found = [_parse(text) for text in texts]
+    seen: Counter[str] = Counter()
+    entries = []
+    for one in found:
+        seen[one.label] += 1
+        times = seen[one.label]
+        entries.append(one if times == 1 else replace(one, label=f"{one.label} {times}"))
+    return tuple(entries)
+
+
+def _parse(text: str) -> Entry:
+    try:
+        name, *words = shlex.split(text) or [""]
+    except ValueError as error:
+        raise ValueError(f"entry={text!r}: cannot be read ({error}); write it like 'eamsgd tau=16 lr=0.01'.") from error
+    kind = _entrant(name)
+    given = dict(_flag(text, word) for word in words)
+    if len(given) < len(words):
+        raise ValueError(f"entry={text!r}: gives a flag twice; give each of them once.")
+    label = " ".join([name, *(f"{one}={value}" for one, value in given.items())])
+    turns, threads = given.pop("turns", None), given.pop("threads", None)
+    if turns is not None and (turns not in CHOICES["turns"] or issubclass(kind, Rival)):
+        allowed = ", ".join(kind.orders)
+        raise ValueError(f"turns={turns}: {name} is defined for turns {allowed}; leave turns out for {kind.orders[0]}.")
+    values = {one: _value(kind, one, value) for one, value in given.items()}
+    return Entry(label, kind(**values), turns, None if threads is None else _threads(threads))
+
+
+def _entrant(name: str) -> type[Rule]:
+    if name in ENTRANTS:
+        return ENTRANTS[name]
+    near = get_close_matches(name.lower().replace("_", "-"), ENTRANTS, n=2)
+    hint = f"did you mean {' or '.join(near)}?" if near else "choose one of them."
+    raise ValueError(f"entry={name}: the entries are {', '.join(ENTRANTS)}; {hint}")
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"threads={text}: of each worker, must be a whole number of at least 1; try 1.")
+    return int(text)
+
+
+def _flag(text: str, word: str) -> tuple[str, str]:
+    name, sign, value = word.removeprefix("--").partition("=")
+    if not (name and sign and value):
+        raise ValueError(f"entry={text!r}: {word} is no flag with its value; write it like tau=16.")
+    return name.replace("-", "_"), value
+
+
+def _value(kind: type[Rule], name: str, text: str) -> Any:
+    """The value of a hyperparameter, of its type; `ValueError` if the rule has none of this name."""
+    names = [one.name for one in fields(kind)]
+    if name not in names:
+        owners = ", ".join(owner for owner, one in ENTRANTS.items() if name in {each.name for each in fields(one)})
+        remedy = f"leave it out, or use an entry that has it: {owners}" if owners else "leave it out"
+        raise ValueError(f"{name}={text}: {kind.name} has no {name}, only {', '.join(names)}; {remedy}.")
+    type_ = plain_type(get_type_hints(kind)[name])
+    try:
+        return type_(text)
+    except ValueError:
+        wanted = "a whole number, such as 10" if type_ is int else "a number, such as 0.05"
+        raise ValueError(f"{name}={text}: {kind.name} needs {wanted} here; write it as one.") from None

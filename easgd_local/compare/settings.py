@@ -1,0 +1,142 @@
+"""A comparison: who takes part, how long the runs are, with which seeds, and what all have in common."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from easgd_local.compare.entries import Entry
+from easgd_local.config import Config
+from easgd_local.rules.easgd import EASGD
+
+# The flags of `train` that hold for all entries alike.
+COMMON = (
+    "workers", "device", "data", "data_dir", "image_size", "memory_budget", "model", "steps", "epochs", "batch_size",
+    "weight_decay", "sampling", "seed", "schedule", "warmup", "lr_step", "lr_decay", "precision", "threads",
+    "eval_every", "eval_samples",
+)  # fmt: skip
+OTHERWISE = {"steps", "eval_every"}  # of these, those whose default is another one than `train`'s
+UNITS_S = {"s": 1, "m": 60, "h": 3600}
+POINTS = 20  # evaluations of a run that does not say how often
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared, and how. `common` holds fields of Config; the length of the runs is there (steps or epochs) or
+    `budget_s`, training seconds.
+
+    Raises `ValueError` for values that cannot work, as far as the data need not be known for that.
+    """
+
+    entries: tuple[Entry, ...]
+    common: dict[str, Any]
+    budget_s: float | None = None
+    target_error: float = 0.1
+    seeds: int = 3
+    tune: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.entries) < 2:
+            names = " ".join(one.label for one in self.entries) or "none"
+            raise ValueError(f"entries={names}: a comparison needs at least two; name another one, such as msgd.")
+        if not 0 < self.target_error < 1:
+            raise ValueError(
+                f"target_error={self.target_error}: the share of wrong answers must lie in (0, 1); try 0.1."
+            )
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds}: must be at least 1; 3 show a spread.")
+        if self.budget_s is not None:
+            for name in ("steps", "epochs"):
+                if self.common.get(name) is not None:
+                    raise ValueError(
+                        f"budget={self.budget_s:g}s and {name}={self.common[name]}: both fix the length of the runs; "
+                        f"give one."
+                    )
+        if self.common.get("device") == "cuda":
+            raise ValueError("device=cuda: this version compares on CPUs only, and so over gloo; use --device cpu.")
+        template = Config(rule=EASGD(), **self.common)
+        if template.seed + self.seeds >= 2**63:
+            raise ValueError(f"seed={template.seed}: must be below 2^63 - seeds; choose a smaller one.")
+        for one in self.entries:
+            self.config(one, steps=1)
+
+    @property
+    def workers(self) -> int:
+        """p, of all entries but the sequential ones."""
+        return self.template.workers or 1
+
+    @property
+    def template(self) -> Config:
+        """What all have in common, as the configuration of a rule."""
+        return Config(rule=EASGD(), **self.common)
+
+    @property
+    def run_seeds(self) -> list[int]:
+        """The seeds that are compared."""
+        return [self.template.seed + k for k in range(self.seeds)]
+
+    @property
+    def tuning_seed(self) -> int:
+        """One that is not."""
+        return self.template.seed + self.seeds
+
+    def config(self, entry: Entry, *, steps: int, seed: int | None = None, out: str | None = None) -> Config:
+        """The configuration of one run."""
+        own = self.common | {
+            "workers": 1 if entry.rule.sequential else self.workers,
+            "steps": steps, "epochs": None, "turns": entry.turns, "out": out, "on_failure": "stop",
+            "seed": self.template.seed if seed is None else seed,
+        }  # fmt: skip
+        if own.get("threads") is not None and entry.rule.sequential:
+            own["threads"] *= self.workers  # the whole machine for every entry
+        if entry.threads is not None:
+            own["threads"] = entry.threads
+        if own.get("eval_every") is None:
+            own["eval_every"] = max(1, steps // POINTS)
+        return Config(rule=entry.rule, **own)
+
+    def samples_per_step(self, entry: Entry) -> int:
+        """Of all the workers of an entry."""
+        return self.template.batch_size * (1 if entry.rule.sequential else self.workers)
+
+    def fixed_steps(self, entry: Entry, train_samples: int) -> int | None:
+        """The steps of each worker; None where the budget decides."""
+        template = self.template
+        if self.budget_s is not None:
+            return None
+        if template.epochs is None:
+            return template.steps
+        return math.ceil(template.epochs * train_samples / self.samples_per_step(entry))
+
+    def to_json(self) -> dict[str, Any]:
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        template = asdict(self.template)
+        common = {name: template[name] for name in COMMON}
+        if self.budget_s is not None:
+            common["steps"] = None
+        return values | {"entries": [one.to_json() for one in self.entries], "common": common}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Comparison:
+        return cls(**(values | {"entries": tuple(map(Entry.from_json, values["entries"]))}))
+
+
+def duration(text: str) -> float:
+    """The seconds of "90s", "10m" or "1.5h"."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([smh])", text.strip())
+    seconds = float(found[1]) * UNITS_S[found[2]] if found else 0.0
+    if not seconds > 0:
+        raise ValueError(f"budget={text}: must be a time with its unit; write it like 30s, 10m or 1.5h.")
+    return seconds
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, old value, new value) of what differs between the settings of two comparisons, as JSON."""
+    before, after = (", ".join(one["label"] for one in each["entries"]) for each in (old, new))
+    if before != after:
+        return [("entries", before, after)]
+    flat = [{**each, **each["common"]} for each in (old, new)]
+    names = [name for name in flat[1] if name != "common"]
+    return [(name, flat[0].get(name), flat[1][name]) for name in names if flat[0].get(name) != flat[1][name]]
