@@ -96,6 +96,7 @@ class Attached(Visitor):
         self._random: dict[str, Any] | None = None  # to be restored before the next batch
         self._loss: float | None = None
         self._began = time.perf_counter()
+        self._resumed = start.saved is not None or start.joins
 
     # The start
 
@@ -141,8 +142,8 @@ class Attached(Visitor):
     @torch.no_grad()
     def before_step(self) -> None:
         """The gradient is taken, nothing has moved yet."""
-        self._gather_buffers()
         self._check_bound()
+        self._gather_buffers()
         if self._between_t != self.t:
             self._boundary_in_step()
         if faults.due(self._plan.faults, "nan", self.rank, self.t):
@@ -244,6 +245,11 @@ class Attached(Visitor):
 
     def finish(self) -> None:
         """The loop is over: saves what is due, waits until all workers have finished."""
+        if not self._made and not self._resumed:
+            raise Refusal(
+                "attach: the loop is over, and the attached optimizer has made no step; attach the very optimizer that "
+                "the loop steps, and see that the loop gets batches."
+            )
         self._between_t = -1
         self.between_steps()
         self._depart()
@@ -378,7 +384,7 @@ class Attached(Visitor):
             text = str(error) if isinstance(error, Refusal) else f"evaluate: raised {type(error).__name__}: {error}."
             traceback.print_exc()
             # The loop may catch exceptions around its step, so the launcher is told here.
-            self._post("failed evaluation", text)
+            self._post("failed evaluation", text, traceback.format_exc())
             raise Aborted from error
 
     # What the loop tells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ class CenterState(dict[str, Tensor]):
     """The center's state dict: name -> tensor on the CPU, for `model.load_state_dict(center)`.
 
     folder: the run folder.
-    summary: what its summary.json holds; empty for a center that was read from a file.
+    summary: what its summary.json holds.
 
     >>> import torch
     >>> center = CenterState({"weight": torch.zeros(1, 2), "bias": torch.ones(1)}, Path("runs/mine"))
@@ -37,7 +38,8 @@ def load_center(path: str | Path) -> CenterState:
     path = Path(path)
     file = path / FILE if path.is_dir() else path
     try:
-        return CenterState(load_file(file), file.parent)
+        summary = file.with_name("summary.json")
+        return CenterState(load_file(file), file.parent, json.loads(summary.read_text()) if summary.exists() else None)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{file}: no center can be read there ({error}); give the folder of a run that has ended, or the file "

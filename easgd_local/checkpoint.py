@@ -150,8 +150,8 @@ def newest(run: Path) -> tuple[Path, Manifest]:
     complete = steps(run)
     if not complete:
         raise ValueError(
-            f"resume={run}: this run has no checkpoint (an interrupted run writes one); start it again, and give "
-            f"--checkpoint-every to have some."
+            f"resume={run}: this run has no checkpoint (an interrupted run writes one); start it again, with "
+            f"checkpoint_every to have some."
         )
     return complete[-1], read(complete[-1])
 

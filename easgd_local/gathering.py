@@ -53,7 +53,8 @@ def failed(one: Child, cause: str | None) -> Exception:
     """The exception to raise for a worker that ended too early."""
     if one.refused:
         return ValueError(f"worker {one.rank}: {one.failure}")
-    error = RuntimeError(f"worker {one.rank} ended before it had attached a model: {cause or 'it exited'}.")
+    why = (cause or "it exited").rstrip(".")
+    error = RuntimeError(f"worker {one.rank} ended before the run had begun: {why}.")
     error.__cause__ = WorkerFailed(one.traceback) if one.traceback else None
     return error
 

@@ -260,7 +260,7 @@ class _Leader(threading.Thread):
         with prepare(self._config, folder, self._resume, guests, children, _no_second_start) as gathered:
             live = view_of(self._view)
             self._run = LoopRun(gathered, guests, [live] if live else [])
-            outcome = conduct(self._run, live)
+            outcome = conduct(self._run, live, "join")
         if isinstance(outcome, BaseException):
             raise outcome
         return str(outcome.folder.resolve())

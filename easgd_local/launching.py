@@ -221,16 +221,15 @@ def prepare(
         )  # fmt: skip
 
 
-def conduct(run: LoopRun, live: Screen | Lines | None) -> CenterState | BaseException:
+def conduct(run: LoopRun, live: Screen | Lines | None, how: str = "launch") -> CenterState | BaseException:
     """The run from its start to its end: the center, or what ended it."""
     with live or contextlib.nullcontext():
         summary = run.execute()
     folder = Path(summary["folder"])
-    if live is not None:
-        go_on = f'easgd_local.launch(..., resume="{folder}")'
-        live.console.print(summary_table(summary, folder, go_on))
     if run.error is not None:
         return run.error
+    if live is not None:
+        live.console.print(summary_table(summary, folder, f'easgd_local.{how}(..., resume="{folder}")'))
     if summary["status"] == "interrupted":
         error = KeyboardInterrupt(f"interrupted; go on with resume={str(folder)!r}")
         error.folder = folder  # type: ignore[attr-defined]

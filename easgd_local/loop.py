@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
@@ -72,7 +72,7 @@ class LoopWorker:
         self, model: nn.Module, optimizer: Optimizer | list[Optimizer] | tuple[Optimizer, ...], rule: Rule, *,
         turns: str | None = None, buffers: str = "average", calibrate_on: Iterable[Any] | None = None,
         optimizer_state: str = "local", evaluate: Evaluation | None = None, evaluate_every: int = 0,
-        stateful: Sequence[Any] = (), block_bytes: int = BLOCK_BYTES,
+        stateful: Any = (), block_bytes: int = BLOCK_BYTES,
     ) -> None:  # fmt: skip
         """Lays a rule over the steps of an optimizer: from here on `optimizer.step()` also meets the center.
 
@@ -96,7 +96,7 @@ class LoopWorker:
         end) in one worker, without gradients, with a copy of the model that has the values of the center after a
         round, while all hold and the clock stands. `train_loss`, `test_loss` and `test_error` (a fraction) are drawn.
         stateful: what else belongs in checkpoints: learning rate schedules, a GradScaler, anything with `state_dict`
-        and `load_state_dict`.
+        and `load_state_dict`; one of them, or a list.
         block_bytes: size of the center's blocks.
 
         Raises `ValueError` for what cannot be attached; then all workers stop.
@@ -152,7 +152,7 @@ class LoopWorker:
         if start.joins:
             attached.join(t)
         if start.saved is None and state is None:
-            self._positions.begin_at(attached.t)
+            self._positions.begin_at(attached.t if start.drawn is None else start.drawn)
 
     # What the loop may say and ask
 
@@ -189,11 +189,20 @@ class LoopWorker:
         return batches
 
     def loader(self, dataset: Any, batch_size: int, *, sampling: str = "shard", **options: Any) -> Loader:
-        """A DataLoader over `sampler(dataset, batch_size, sampling=sampling)`; `options` are torch's own.
+        """A DataLoader over `sampler(dataset, batch_size, sampling=sampling)`; `options` are torch's own, but that the
+        order is always shuffled and every batch full.
 
         It counts the batches that the loop has got, so a run resumes at the right one also with num_workers > 0;
         `epoch` is the sampler's.
         """
+        for name in ("batch_sampler", "sampler"):
+            if options.get(name) is not None:
+                raise Refusal(f"{name}: a worker's loader has its own; leave it out, or make a DataLoader yourself.")
+        if options.pop("shuffle", True) is False or options.pop("drop_last", True) is False:
+            raise Refusal(
+                "shuffle=False or drop_last=False: a worker's loader shuffles in every epoch and all its batches are "
+                "full; leave them out, or make a DataLoader yourself."
+            )
         if "generator" not in options:
             options["generator"] = torch.Generator().manual_seed(seed_of(self._seed, self.rank))
         return Loader(dataset, self.sampler(dataset, batch_size, sampling=sampling), **options)
@@ -299,7 +308,8 @@ def _check_optimizers(model: nn.Module, optimizers: tuple[Any, ...]) -> None:
         )
 
 
-def _checked_stateful(stateful: Sequence[Any]) -> tuple[Any, ...]:
+def _checked_stateful(stateful: Any) -> tuple[Any, ...]:
+    stateful = stateful if isinstance(stateful, list | tuple) else (stateful,)
     for one in stateful:
         if not (hasattr(one, "state_dict") and hasattr(one, "load_state_dict")):
             raise Refusal(

@@ -96,8 +96,10 @@ class LoopRun(Run):
                 self._namings[rank] = naming
             case ("event", "log", values), int(rank):
                 self._event("log", rank=rank, **values)
-            case ("failed evaluation", text), int(rank):
-                self._abandon(ValueError(f"worker {rank}: {text}"))
+            case ("failed evaluation", text, trace), int(rank):
+                error = ValueError(f"worker {rank}: {text}")
+                error.__cause__ = WorkerFailed(trace)
+                self._abandon(error)
             case ("finished",), int(rank):
                 super()._hear(one, message)
                 self._save_finished([*self._assembly.pending, *([self._stop_t] if self._stop_t >= 0 else [])])
@@ -119,6 +121,8 @@ class LoopRun(Run):
         if self._asked_worker is one and self._asked:  # its answer will not come
             self._snapshot_taken()
             self._asked = None
+        if self._abandoned:
+            self._tallies[rank].state = "stopped"  # by us
         super()._worker_exited(rank, cause)
         if not self._workers and not self._finished() and self.error is None and self._stop_t < 0:
             self.error = RuntimeError(
@@ -133,9 +137,11 @@ class LoopRun(Run):
     # Checkpoints of workers whose loops are over while others' go on
 
     def _watch_rounds(self) -> None:
-        reached = max(self._center.clock[rank] for rank in self._ranks) + self._calendar.ahead
-        if self._next_round is not None and reached <= self._next_round * self._calendar.tau:
-            return  # to a round beyond the end nobody comes, its turns are all passed
+        round, calendar = self._next_round, self._calendar
+        if round is not None:
+            dates = calendar.evaluation_steps(round) + calendar.checkpoint_steps(round)
+            if max(self._center.clock[rank] for rank in self._ranks) < min(dates):
+                return  # the round is over, but whether any loop comes to that step is not known yet
         before = set(self._assembly.pending)
         super()._watch_rounds()
         self._save_finished([t for t in self._assembly.pending if t not in before])

@@ -36,7 +36,7 @@ def restore(
             f"{folder}: holds a model of {manifest.n:,} floats instead of {plan.layout.n:,}; the data folder or the "
             f"model has changed since, so start a new run."
         )
-    saved = checkpoint.load_vectors(folder, "center.safetensors")
+    saved, ranks = checkpoint.load_vectors(folder, "center.safetensors"), range(plan.layout.workers)
     workers, clocks = plan.layout.workers, manifest.clocks
     needed = {"c", *plan.rule.shared, UPDATES, *(center.vectors if workers == manifest.workers else ())}
     if missing := sorted(needed - saved.keys()):
@@ -58,8 +58,9 @@ def restore(
     elif dead := sorted(set(range(workers)) - set(clocks)):
         names = ", ".join(map(str, dead))
         warnings.append(f"worker {names} had died before the checkpoint and starts again from the center.")
-    t = manifest.t
-    return {rank: Start(clocks.get(rank, t), folder if rank in clocks else None, run_t=t) for rank in range(workers)}
+    t, drawn = manifest.t, manifest.t * manifest.workers // workers  # as many samples in all
+    saved_in = dict.fromkeys(clocks, folder)
+    return {rank: Start(clocks.get(rank, t), saved_in.get(rank), run_t=t, drawn=drawn) for rank in ranks}
 
 
 def copy_center(center: Center, names: list[str]) -> None:

@@ -121,8 +121,8 @@ def summarize(
         "steps": max(tally.steps for tally in tallies),
         "exchanges": sum(tally.exchanges for tally in tallies),
         "seconds": seconds,
-        "samples": samples,
-        "samples_per_s": samples / spent if spent else None,
+        "samples": samples or None,  # a loop of the user's may not say
+        "samples_per_s": samples / spent if spent and samples else None,
         "wait_s": sum(tally.wait_s for tally in tallies),
         "exchange_s": sum(tally.exchange_s for tally in tallies),
         **{name: scores.get(name) for name in ("train_loss", "test_loss", "test_error")},

@@ -285,3 +285,4 @@ class Start:
     saved: Path | None = None
     joins: bool = False
     run_t: int | None = None
+    drawn: int | None = None  # how many batches a worker had drawn that there was in its place

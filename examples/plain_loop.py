@@ -36,7 +36,7 @@ def train(worker, epochs):
     trainset, _ = digits()
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-    worker.attach(model, optimizer, easgd.EASGD(tau=10, beta=0.9))
+    worker.attach(model, optimizer, easgd.EASGD(tau=10, beta=0.9), evaluate=scores, evaluate_every=50)
     loader = worker.loader(trainset, batch_size=32)
     for _ in range(epochs):
         for inputs, targets in loader:
@@ -48,10 +48,11 @@ def train(worker, epochs):
 
 
 @torch.no_grad()
-def error(model):
-    """The fraction of the test pictures that the model takes for another digit."""
+def scores(model):
+    """Loss on the test pictures, and the fraction of them that the model takes for another digit."""
     inputs, targets = digits()[1].tensors
-    return (model.eval()(inputs).argmax(1) != targets).float().mean().item()
+    answers = model.eval()(inputs)
+    return {"test_loss": F.cross_entropy(answers, targets), "test_error": (answers.argmax(1) != targets).float().mean()}
 
 
 if __name__ == "__main__":
@@ -62,5 +63,5 @@ if __name__ == "__main__":
     weights = easgd.launch(train, workers=2, args=(options.epochs,))
     model = network()
     model.load_state_dict(weights)
-    print(f"test error: {error(model):.1%}")
+    print(f"test error: {scores(model)['test_error']:.1%}")
     print(f"run folder: {weights.folder}")

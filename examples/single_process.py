@@ -46,10 +46,11 @@ def train(epochs):
 
 
 @torch.no_grad()
-def error(model):
-    """The fraction of the test pictures that the model takes for another digit."""
+def scores(model):
+    """Loss on the test pictures, and the fraction of them that the model takes for another digit."""
     inputs, targets = digits()[1].tensors
-    return (model.eval()(inputs).argmax(1) != targets).float().mean().item()
+    answers = model.eval()(inputs)
+    return {"test_loss": F.cross_entropy(answers, targets), "test_error": (answers.argmax(1) != targets).float().mean()}
 
 
 if __name__ == "__main__":
@@ -60,4 +61,4 @@ if __name__ == "__main__":
     weights = train(options.epochs)
     model = network()
     model.load_state_dict(weights)
-    print(f"test error: {error(model):.1%}")
+    print(f"test error: {scores(model)['test_error']:.1%}")

@@ -8,7 +8,7 @@ to its end; then every process has the center.
 
 import argparse
 
-from plain_loop import error, network, train
+from plain_loop import network, scores, train
 
 import easgd_local as easgd
 
@@ -23,5 +23,5 @@ if __name__ == "__main__":
     if worker.rank == 0:
         model = network()
         model.load_state_dict(worker.center)
-        print(f"test error: {error(model):.1%}")
+        print(f"test error: {scores(model)['test_error']:.1%}")
         print(f"run folder: {worker.center.folder}")

@@ -327,3 +327,12 @@ def diloco(worker: LoopWorker, epochs: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
     worker.attach(model, optimizer, easgd.DiLoCo(tau=11), evaluate=scores, evaluate_every=11)
     epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), epochs)
+
+
+def steps_another_optimizer(worker: LoopWorker) -> None:
+    model = nn.Linear(3, 2)
+    worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()

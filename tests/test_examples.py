@@ -86,7 +86,7 @@ def test_the_plain_loop_is_the_loop_of_one_process_but_for_a_handful_of_lines():
         "+ import easgd_local as easgd",
         "- def train(epochs):",
         "+ def train(worker, epochs):",
-        "+     worker.attach(model, optimizer, easgd.EASGD(tau=10, beta=0.9))",
+        "+     worker.attach(model, optimizer, easgd.EASGD(tau=10, beta=0.9), evaluate=scores, evaluate_every=50)",
         "-     loader = DataLoader(trainset, batch_size=32, shuffle=True)",
         "+     loader = worker.loader(trainset, batch_size=32)",
         "-     weights = train(options.epochs)",

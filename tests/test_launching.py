@@ -146,10 +146,11 @@ def test_workers_see_the_variables_that_torchrun_sets(launch, tmp_path):
     (loops.another_models_optimizer, ValueError, r"^worker \d: optimizer: 2 of its 2 parameters do not belong"),
     (loops.replaced_after_attach, ValueError, r"^worker 1: weight: was replaced after attach"),
     (loops.nothing_attached, ValueError, r"^fn: returned in worker 0 without worker.attach"),
-    (loops.fails_before, RuntimeError, r"^worker 1 ended before it had attached a model: KeyError: 'no such"),
+    (loops.fails_before, RuntimeError, r"^worker 1 ended before the run had begun: KeyError: 'no such"),
     (loops.fails_after, RuntimeError, r"^all workers died, the last of them worker \d: RuntimeError: .*mat1 and mat2"),
     (loops.bad_evaluation, ValueError, r"^worker 0: evaluate: raised TypeError"),
-    (loops.exits, RuntimeError, r"^worker \d ended before it had attached a model: exited with code 3\.$"),
+    (loops.exits, RuntimeError, r"^worker \d ended before the run had begun: exited with code 3\.$"),
+    (loops.steps_another_optimizer, ValueError, r"^worker \d: attach: the loop is over, and the attached opt"),
 ])  # fmt: skip
 def test_a_mistake_ends_all_workers_with_one_sentence(launch, tmp_path, fn, kind, message):
     with pytest.raises(kind, match=message) as caught:

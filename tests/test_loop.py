@@ -120,3 +120,14 @@ def test_every_worker_and_every_run_has_random_numbers_of_its_own():
     assert len(set(seeds)) == len(seeds)
     draws = {tuple(LoopWorker(rank, 2, Nobody(), 0).generator.get_state()[:9].tolist()) for rank in range(2)}  # type: ignore[arg-type]
     assert len(draws) == 2
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"shuffle": False}, r"^shuffle=False or drop_last=False: a worker's loader shuffles"),
+    ({"drop_last": False}, r"^shuffle=False or drop_last=False"),
+    ({"sampler": [1]}, r"^sampler: a worker's loader has its own; leave it out"),
+])  # fmt: skip
+def test_a_loader_has_an_order_of_its_own(options, message):
+    with pytest.raises(Refusal, match=message):
+        worker().loader(range(100), 8, **options)
+    assert len(worker().loader(range(100), 8, shuffle=True, drop_last=True)) == 6
