@@ -291,6 +291,17 @@ def test_an_idle_block_goes_to_the_next_in_line_of_those_that_ask() -> None:
     assert visits == [2, 3, 0, 1]
 
 
+def test_the_time_does_not_depend_on_how_many_coordinates_the_toy_has() -> None:
+    """With 64 workers 32 coordinates are two blocks, 256 sixteen, for the same places of the center."""
+
+    def pace(dimension: int) -> float:
+        scenario = Scenario(rule=EASGD(tau=1), workers=64, turns="free", steps=20, points=1)
+        problem = make_problem("quadratic", dimension=dimension)
+        return simulate(scenario, problem, Machine(spread=0.2)).gradients_per_s
+
+    assert pace(32) == pytest.approx(pace(256), rel=0.1)  # 0.3 of it while blocks were held beside other places
+
+
 def test_equal_simulations_give_equal_bits_and_another_seed_others() -> None:
     machine = Machine(spread=0.7, speeds=(1.0, 0.6), memory_gb_per_s=1.0)
 
