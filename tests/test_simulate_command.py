@@ -131,6 +131,13 @@ def test_what_blows_up_ends_early_and_is_called_diverged(here: Path, capsys: pyt
     assert int(table(here / "simulate" / "runs.csv")[0]["gradients"]) < 10_000
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_overflow_is_told_and_not_warned_about(name: str) -> None:
+    scenario = Scenario(rule=EASGD(lr=1e30), workers=1, steps=20)
+    assert simulate(scenario, make_problem(name), Machine()).status == "diverged"
+
+
 def test_the_target_is_reached_where_the_curve_first_falls_below_it() -> None:
     problem = make_problem("quadratic", sigma=0.1)
     scenario = Scenario(rule=EASGD(tau=1), workers=3, steps=200, target=0.2, points=50)

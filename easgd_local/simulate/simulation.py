@@ -122,9 +122,9 @@ def simulate(scenario: Scenario, problem: Problem, machine: Machine) -> Outcome:
     def go_on(t: int) -> bool:
         return t < scenario.steps if rounds else next(begun, None) is not None
 
-    with np.errstate(all="ignore"):  # overflow and NaN end the run, and are not warned about
-        world.clock.run([partial(one.run, go_on, watch.stepped) for one in team], lambda: watch.status != "done")
-    watch.measure()
+    world.clock.run([partial(one.run, go_on, watch.stepped) for one in team], lambda: watch.status != "done")
+    with np.errstate(all="ignore"):  # as in the workers
+        watch.measure()
     return outcome(world, watch, team)
 
 

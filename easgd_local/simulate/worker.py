@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
+
 from easgd_local.backend.cpu import CpuOps, Vector
 from easgd_local.optimizers import STEPS, Optimizer
 from easgd_local.partition import partition
@@ -153,6 +155,8 @@ class SimulatedWorker:
 
     # The loop
 
+    # Overflow and NaN end the run, and are not warned about. Here, as each greenlet has such settings of its own.
+    @np.errstate(all="ignore")
     def run(self, go_on: Callable[[int], bool], stepped: Callable[[], None]) -> None:
         """Steps while `go_on(t)`, and says so after each."""
         while go_on(self.t):
