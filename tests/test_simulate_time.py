@@ -302,6 +302,13 @@ def test_the_time_does_not_depend_on_how_many_coordinates_the_toy_has() -> None:
     assert pace(32) == pytest.approx(pace(256), rel=0.1)  # 0.3 of it while blocks were held beside other places
 
 
+@pytest.mark.parametrize("turns", ["strict", "free", "none"])
+def test_the_shares_of_a_run_that_stops_at_its_target_add_up_to_one(turns: str) -> None:
+    done = run(EASGD(tau=2), 5, 300, Machine(spread=0.5, memory_gb_per_s=5.0), turns=turns, stops=True, target=0.5)
+    assert done.status == "reached"
+    assert sum(done.shares.values()) == pytest.approx(1, rel=1e-12)
+
+
 def test_equal_simulations_give_equal_bits_and_another_seed_others() -> None:
     machine = Machine(spread=0.7, speeds=(1.0, 0.6), memory_gb_per_s=1.0)
 
