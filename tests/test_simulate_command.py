@@ -78,7 +78,7 @@ def test_one_simulation_writes_its_files_and_its_key_numbers(here: Path, capsys:
     told = "400 gradients in 10.01 virtual s, 39.96 gradients/s; excess loss ½ Σ h c² 3.591 -> "
     assert first.startswith(f"easgd, p = 4, τ = 10, strict, η = 0.2: {told}")
     assert second.endswith("waiting 0.0 %; staleness: median 3, largest 3 updates.")
-    assert third.startswith("  an exchange moves 8 MB in 1 ms or more; a link is busy 0.1 % of the time, ")
+    assert third.startswith("  an exchange moves 8 MB in 1 ms or more; a link was busy 0.1 % of the time, ")
     assert third.endswith("; evenly spread, its bandwidth is full with 12,513 workers.")
     assert last == "written: " + ", ".join(f"simulate/{name}" for name in ("runs.csv", *TABLES[::2], "runs.png"))
     (run,) = table(here / "simulate" / "runs.csv")

@@ -103,8 +103,8 @@ def run_lines(cell: Cell, measure: str) -> list[str]:
         f"  a worker's time: computing {_percent(shares['compute'])}, exchange {_percent(shares['exchange'])}, waiting "
         f"{_percent(shares['wait'])}; staleness: median {np.median(visits):,.0f}, largest {visits.max():,} updates.",
         f"  an exchange moves {limits.exchange_bytes / 1e6:,.4g} MB in {1e3 * limits.exchange_s:,.4g} ms or more; a "
-        f"link is busy {_percent(min(1.0, limits.link_share))} of the time, the center's memory was "
-        f"{_percent(it.memory_share)}; evenly spread, its bandwidth is full {full}.",
+        f"link was busy {_percent(it.link_share)} of the time, the center's memory {_percent(it.memory_share)}; evenly "
+        f"spread, its bandwidth is full {full}.",
     ]  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def tables(found: Sequence[Cell]) -> dict[str, Table]:
         "memory_share": lambda cell: cell.best.memory_share,
         "exchange_bytes": lambda cell: cell.best.limits.exchange_bytes,
         "memory_full_at_workers": lambda cell: cell.best.limits.memory_full_at,
-        "link_share": lambda cell: cell.best.limits.link_share,
+        "link_share": lambda cell: cell.best.link_share,
     }
     one_each = [1] * len(found)
     runs = _whose(found, one_each) | {name: [read(cell) for cell in found] for name, read in columns.items()}

@@ -43,7 +43,8 @@ class World:
     @property
     def hides(self) -> bool:
         """Whether an exchange goes on beside the gradient."""
-        return self.machine.overlap and not self.traffic.moves_x
+        first = not self.rule.sequential  # those exchange after the gradient, in the end of a step
+        return self.machine.overlap and first and not self.traffic.moves_x
 
 
 def share_out(layers: list[slice], workers: int) -> list[slice]:
