@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import re
 import shutil
@@ -19,6 +20,7 @@ import pytest
 from easgd_local import cli
 from easgd_local.rules.downpour import Downpour
 from easgd_local.rules.easgd import EASGD
+from easgd_local.simulate import study
 from easgd_local.simulate.machine import Machine
 from easgd_local.simulate.problems import PROBLEMS, make_problem
 from easgd_local.simulate.simulation import Scenario, simulate
@@ -166,6 +168,9 @@ def test_more_workers_help_if_they_save_a_tenth() -> None:
     assert end(p1=100, p4=30, p16=20) == "still helping at 16 workers"
     assert end(p1=100, p4=30, p16=29) == "stops helping beyond 4"
     assert end(p1=100, p4=30, p16=np.inf) == "stops helping beyond 4, diverged from 16 on"
+    assert end(p1=100, p4=30, p16=np.inf, p64=29) == "stops helping beyond 4, diverged at 16"
+    assert end(p1=100, p4=30, p16=np.inf, p64=np.inf) == "stops helping beyond 4, diverged from 16 on"
+    assert end(p1=np.inf) == "one number of workers only"
     assert end(p1=np.inf, p4=np.inf) == "never there with any number of workers"
 
 
@@ -265,6 +270,25 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(here: Path, capsys:
     said = refused(capsys, [*ONE, "--out", "mine"])
     assert said.startswith("out=mine: holds other files (notes.txt), ")
     assert names(here / "mine") == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_simulation(
+    here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "simulate", None)
+    (here / "file").touch()
+    assert cli.main([*ONE, "--out", "file/folder"]) == 1
+    assert "file/folder: the folder cannot be written to (Not a directory); give" in capsys.readouterr().err
+
+
+def test_lack_of_memory_is_not_blamed_on_the_folder(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(study, "simulate", lacks)
+    assert refused(capsys, ONE).startswith("there is not enough memory for this; choose fewer workers, ")
 
 
 def test_a_reader_that_leaves_is_no_trouble_of_the_folder(here: Path) -> None:

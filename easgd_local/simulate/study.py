@@ -129,11 +129,15 @@ def end_of_help(row: Sequence[Cell]) -> str:
             best = cell
     later = [cell for cell in row if cell.workers > best.workers]
     if not math.isfinite(best.seconds):
-        return "never there with any number of workers"
+        return "never there with any number of workers" if len(row) > 1 else "one number of workers only"
     if not later:
         return f"still helping at {best.workers:,} workers" if len(row) > 1 else "one number of workers only"
     lost = next((cell for cell in later if not math.isfinite(cell.seconds)), None)
-    return f"stops helping beyond {best.workers:,}" + (f", {lost.fate} from {lost.workers:,} on" if lost else "")
+    if lost is None:
+        return f"stops helping beyond {best.workers:,}"
+    for_good = not any(math.isfinite(cell.seconds) for cell in later if cell.workers > lost.workers)
+    where = f"from {lost.workers:,} on" if for_good else f"at {lost.workers:,}"
+    return f"stops helping beyond {best.workers:,}, {lost.fate} {where}"
 
 
 def title(cell: Cell) -> str:
