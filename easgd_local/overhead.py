@@ -24,8 +24,8 @@ class Spent:
 
     @property
     def share(self) -> float:
-        """Of its time, what exchange and waiting take."""
-        return self.lost_s / self.seconds
+        """Of its time, what exchange and waiting take; at most 1, though a report may tell of a wait begun earlier."""
+        return min(1.0, self.lost_s / self.seconds)
 
 
 def least_lost(windows: Iterable[Spent]) -> Spent | None:
@@ -36,12 +36,16 @@ def least_lost(windows: Iterable[Spent]) -> Spent | None:
     return min((one for one in windows if one.steps and one.seconds > 0), key=lambda one: one.share, default=None)
 
 
-def tau_to_hide(tau: int, spent: Spent, share: float = THRESHOLD) -> int:
+def tau_to_hide(tau: int, spent: Spent, share: float = THRESHOLD) -> int | None:
     """The least τ' at which exchange and waiting take at most `share`, if one exchange goes on costing what it does.
+
+    None where they have taken all of the time, so that nobody knows what a step takes.
 
     o/(o + τ's) ≤ share,     o = τ lost/steps,  s = (seconds - lost)/steps
     """
-    steps_s = max(spent.seconds - spent.lost_s, 1e-9 * spent.seconds)
+    steps_s = spent.seconds - spent.lost_s
+    if steps_s <= 1e-9 * spent.seconds:
+        return None
     return math.ceil(tau * spent.lost_s / steps_s * (1 - share) / share - 1e-9)
 
 
@@ -49,11 +53,11 @@ class Watch:
     """Follows what workers report and says once, in a sentence, that a larger τ would pay.
 
     `crowded`: more threads than cores. While one worker waits another one then has its core, so only the time of the
-    exchange itself counts.
+    exchange itself counts.  steps: of the run, if known; no larger τ is named.
     """
 
-    def __init__(self, tau: int, *, crowded: bool) -> None:
-        self._tau, self._crowded = tau, crowded
+    def __init__(self, tau: int, *, crowded: bool, steps: int | None = None) -> None:
+        self._tau, self._crowded, self._steps = tau, crowded, steps
         self._first: dict[int, tuple[float, int, float]] = {}  # rank -> (seconds, t, lost_s) where the window begins
         self._last: dict[int, tuple[float, int, float]] = {}
         self._began: float | None = None  # seconds at which the window begins
@@ -85,25 +89,29 @@ class Watch:
             return None
         self._high = self._high + 1 if least.share > THRESHOLD else 0
         self._said = self._high == WINDOWS
-        return sentence(self._tau, least, self._crowded) if self._said else None
+        return sentence(self._tau, least, self._crowded, self._steps) if self._said else None
 
 
-def watch(rule: Rule, *, crowded: bool) -> Watch | None:
+def watch(rule: Rule, *, crowded: bool, steps: int | None = None) -> Watch | None:
     """For a rule whose τ can be larger than it is; None for others."""
     try:
         replace(rule, tau=rule.period + 1)  # type: ignore[call-arg]
     except (TypeError, ValueError):  # it has no τ, or a fixed one
         return None
-    return Watch(rule.period, crowded=crowded)
+    return Watch(rule.period, crowded=crowded, steps=steps)
 
 
-def sentence(tau: int, spent: Spent, crowded: bool) -> str:
-    """The warning: what is lost, and the remedy."""
+def sentence(tau: int, spent: Spent, crowded: bool, steps: int | None = None) -> str:
+    """The warning: what is lost, and the remedy: a τ where one within the run's steps would do, else a larger one."""
     what = "exchanges take" if crowded else "exchange and waiting take"
     exchange_ms = 1e3 * tau * spent.lost_s / spent.steps
-    step_ms = 1e3 * (spent.seconds - spent.lost_s) / spent.steps
+    step_ms = 1e3 * max(0.0, spent.seconds - spent.lost_s) / spent.steps
+    enough = tau_to_hide(tau, spent)
+    remedy = "a larger tau would lower that"
+    if enough is not None and (steps is None or enough <= steps):
+        remedy = f"tau={enough} would bring that to {100 * THRESHOLD:.0f} %"
     return (
         f"tau={tau}: {what} {100 * spent.share:.0f} % of the time even of worker {spent.rank}, which loses least "
-        f"({exchange_ms:.3g} ms an exchange, {step_ms:.3g} ms a step): tau={tau_to_hide(tau, spent)} would bring that "
-        f"to {100 * THRESHOLD:.0f} % if an exchange goes on costing as much."
+        f"({exchange_ms:.3g} ms an exchange, {step_ms:.3g} ms a step): {remedy} "
+        f"if an exchange goes on costing as much."
     )

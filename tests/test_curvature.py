@@ -68,7 +68,7 @@ def test_of_a_network_it_is_the_whole_hessians_within_one_percent(seed: int) -> 
 
 
 def test_it_is_the_same_every_time_and_leaves_model_and_generator_alone(digits: Dataset) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.BatchNorm1d(9), nn.Dropout(0.5), nn.Linear(9, 10))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.LayerNorm(9), nn.Dropout(0.5), nn.Linear(9, 10))
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     first = estimate(model, digits)
     assert first is not None and first > 0 and estimate(model, digits) == first
@@ -104,6 +104,41 @@ def test_what_has_no_second_derivative_or_no_finite_one_has_no_estimate(digits: 
     model = Odd(function)
     h = estimate(model, digits)
     assert h is None or h == 1e-4  # the weight decay alone, where nothing bends
+
+
+class Refusing(nn.Module):
+    """A model that can be neither copied nor called."""
+
+    def __init__(self, copies: bool) -> None:
+        super().__init__()
+        self.linear, self.copies = nn.Linear(64, 10), copies
+
+    def __deepcopy__(self, memo: Any) -> nn.Module:
+        if not self.copies:
+            raise TypeError("cannot pickle this")
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise IndexError("no such batch")
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_model_that_refuses_to_be_copied_or_called_has_no_estimate(digits: Dataset, copies: bool) -> None:
+    assert estimate(Refusing(copies), digits) is None
+
+
+def test_a_model_with_batchnorm_has_no_estimate(digits: Dataset) -> None:
+    assert estimate(nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.BatchNorm1d(9), nn.Linear(9, 10)), digits) is None
+
+
+def test_where_no_alpha_is_stable_the_step_size_alone_is_told() -> None:
+    [assumed] = EASGD(lr=2.5).warnings(3)
+    assert assumed == (
+        "lr=2.5 is beyond 2, where steps of easgd begin to grow at curvature h = 1 (assumed): if the loss does not "
+        "settle, lower lr."
+    )
+    [exactly] = EASGD(lr=0.5).warnings(3, 4.0)
+    assert exactly.startswith("lr=0.5 is at 0.5, where steps of easgd begin to grow at curvature h = 4 (")
 
 
 def test_work_is_counted_and_what_is_expensive_is_left_alone(digits: Dataset) -> None:
@@ -162,7 +197,8 @@ def test_a_step_size_is_warned_about_from_where_a_worker_alone_grows(momentum: f
 
 def test_a_run_is_prepared_with_its_estimate_and_says_it(tmp_path: Path) -> None:
     told = [r"lr=100.0 is beyond 3\.\d+, .*curvature h = 0\.[56].* lower lr, or give a warmup\.$"]
-    assumed = [r"alpha=0.45 is beyond .*curvature h = 1 \(assumed\)"]  # the start says nothing of the end of a warmup
+    # The start says nothing of the end of a warmup.
+    assumed = [r"lr=100.0 is beyond 2, .*curvature h = 1 \(assumed\): .* lower lr\.$"]
     large, usual = EASGD(lr=100.0), EASGD()
     cases = [(large, 0, told), (large, 5, assumed), (usual, 0, []), (SGD(), 0, [])]
     for number, (rule, warmup, said) in enumerate(cases):

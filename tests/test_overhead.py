@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from easgd_local import overhead
-from easgd_local.overhead import Spent, Watch, least_lost, tau_to_hide
+from easgd_local.overhead import Spent, Watch, least_lost, sentence, tau_to_hide
 from easgd_local.rules import RULES
 from easgd_local.rules.easgd import EASGD
 
@@ -29,7 +29,7 @@ def test_the_period_that_hides_the_exchange_is_the_least_that_does() -> None:
     for tau, hides in ((4, False), (5, True)):
         assert (0.02 / (0.02 + tau * 0.04) <= 0.1) == hides
     assert tau_to_hide(10, Spent(0, 100, 0.5, 5.0)) == 10  # exactly at the threshold
-    assert tau_to_hide(1, Spent(0, 10, 5.0, 5.0)) > 1000  # nothing but exchange
+    assert tau_to_hide(1, Spent(0, 10, 5.0, 5.0)) is None  # nothing but exchange: what a step takes is unknown
 
 
 def test_the_worker_that_loses_least_counts_as_others_only_wait_for_it() -> None:
@@ -42,8 +42,8 @@ def test_the_worker_that_loses_least_counts_as_others_only_wait_for_it() -> None
 
 def test_it_is_said_once_after_two_windows_with_the_remedy() -> None:
     watch = Watch(1, crowded=False)
-    [sentence] = said(watch, 0.2, 60)
-    assert sentence == (
+    [told] = said(watch, 0.2, 60)
+    assert told == (
         "tau=1: exchange and waiting take 20 % of the time even of worker 0, which loses least (2 ms an exchange, 8 ms "
         "a step): tau=3 would bring that to 10 % if an exchange goes on costing as much."
     )
@@ -52,6 +52,17 @@ def test_it_is_said_once_after_two_windows_with_the_remedy() -> None:
 @pytest.mark.parametrize("share, seconds", [(0.09, 60), (0.9, 9), (0.0, 60)])
 def test_it_is_not_said_of_cheap_exchanges_nor_in_a_short_run(share: float, seconds: float) -> None:
     assert said(Watch(10, crowded=False), share, seconds) == []
+
+
+def test_no_period_is_named_beyond_the_run_or_without_a_time_of_steps() -> None:
+    usual, all_lost = Spent(0, 100, 1.0, 5.0), Spent(0, 10, 6.0, 5.0)
+    assert " tau=3 would bring that to 10 % if" in sentence(1, usual, False, steps=3)
+    assert sentence(1, usual, False, steps=2).endswith(": a larger tau would lower that if an exchange goes on costing "
+                                                       "as much.")  # fmt: skip
+    told = sentence(1, all_lost, False)
+    assert "take 100 % of" in told and ", 0 ms a step): a larger tau would" in told
+    [short] = said(Watch(1, crowded=False, steps=2), 0.2, 60)
+    assert "a larger tau would" in short
 
 
 def test_a_passing_crowd_is_no_reason() -> None:
@@ -64,8 +75,8 @@ def test_a_passing_crowd_is_no_reason() -> None:
 
 def test_with_more_threads_than_cores_only_the_exchange_counts() -> None:
     assert said(Watch(1, crowded=True), 0.36, 60) == []  # 9 % exchange, 27 % waiting
-    [sentence] = said(Watch(1, crowded=True), 0.48, 60)
-    assert sentence.startswith("tau=1: exchanges take 12 % of the time")
+    [told] = said(Watch(1, crowded=True), 0.48, 60)
+    assert told.startswith("tau=1: exchanges take 12 % of the time")
 
 
 def test_a_worker_in_the_place_of_a_dead_one_counts_from_its_own_beginning() -> None:
@@ -83,5 +94,5 @@ def test_only_rules_whose_period_can_grow_are_watched(name: str) -> None:
 def test_the_period_of_the_rule_is_the_one_that_is_said() -> None:
     watch = overhead.watch(EASGD(tau=7), crowded=False)
     assert watch is not None
-    [sentence] = said(watch, 0.5, 20)
-    assert sentence.startswith("tau=7: ") and "tau=63 would" in sentence
+    [told] = said(watch, 0.5, 20)
+    assert told.startswith("tau=7: ") and "tau=63 would" in told

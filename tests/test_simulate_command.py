@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import re
 import shutil
@@ -19,6 +20,7 @@ import pytest
 from easgd_local import cli
 from easgd_local.rules.downpour import Downpour
 from easgd_local.rules.easgd import EASGD
+from easgd_local.simulate import study
 from easgd_local.simulate.machine import Machine
 from easgd_local.simulate.problems import PROBLEMS, make_problem
 from easgd_local.simulate.simulation import Scenario, simulate
@@ -78,7 +80,7 @@ def test_one_simulation_writes_its_files_and_its_key_numbers(here: Path, capsys:
     told = "400 gradients in 10.01 virtual s, 39.96 gradients/s; excess loss ½ Σ h c² 3.591 -> "
     assert first.startswith(f"easgd, p = 4, τ = 10, strict, η = 0.2: {told}")
     assert second.endswith("waiting 0.0 %; staleness: median 3, largest 3 updates.")
-    assert third.startswith("  an exchange moves 8 MB in 1 ms or more; a link is busy 0.1 % of the time, ")
+    assert third.startswith("  an exchange moves 8 MB in 1 ms or more; a link was busy 0.1 % of the time, ")
     assert third.endswith("; evenly spread, its bandwidth is full with 12,513 workers.")
     assert last == "written: " + ", ".join(f"simulate/{name}" for name in ("runs.csv", *TABLES[::2], "runs.png"))
     (run,) = table(here / "simulate" / "runs.csv")
@@ -131,6 +133,13 @@ def test_what_blows_up_ends_early_and_is_called_diverged(here: Path, capsys: pyt
     assert int(table(here / "simulate" / "runs.csv")[0]["gradients"]) < 10_000
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_overflow_is_told_and_not_warned_about(name: str) -> None:
+    scenario = Scenario(rule=EASGD(lr=1e30), workers=1, steps=20)
+    assert simulate(scenario, make_problem(name), Machine()).status == "diverged"
+
+
 def test_the_target_is_reached_where_the_curve_first_falls_below_it() -> None:
     problem = make_problem("quadratic", sigma=0.1)
     scenario = Scenario(rule=EASGD(tau=1), workers=3, steps=200, target=0.2, points=50)
@@ -159,6 +168,9 @@ def test_more_workers_help_if_they_save_a_tenth() -> None:
     assert end(p1=100, p4=30, p16=20) == "still helping at 16 workers"
     assert end(p1=100, p4=30, p16=29) == "stops helping beyond 4"
     assert end(p1=100, p4=30, p16=np.inf) == "stops helping beyond 4, diverged from 16 on"
+    assert end(p1=100, p4=30, p16=np.inf, p64=29) == "stops helping beyond 4, diverged at 16"
+    assert end(p1=100, p4=30, p16=np.inf, p64=np.inf) == "stops helping beyond 4, diverged from 16 on"
+    assert end(p1=np.inf) == "one number of workers only"
     assert end(p1=np.inf, p4=np.inf) == "never there with any number of workers"
 
 
@@ -258,6 +270,25 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(here: Path, capsys:
     said = refused(capsys, [*ONE, "--out", "mine"])
     assert said.startswith("out=mine: holds other files (notes.txt), ")
     assert names(here / "mine") == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_simulation(
+    here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "simulate", None)
+    (here / "file").touch()
+    assert cli.main([*ONE, "--out", "file/folder"]) == 1
+    assert "file/folder: the folder cannot be written to (Not a directory); give" in capsys.readouterr().err
+
+
+def test_lack_of_memory_is_not_blamed_on_the_folder(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(study, "simulate", lacks)
+    assert refused(capsys, ONE).startswith("there is not enough memory for this; choose fewer workers, ")
 
 
 def test_a_reader_that_leaves_is_no_trouble_of_the_folder(here: Path) -> None:

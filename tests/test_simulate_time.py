@@ -20,6 +20,7 @@ from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.easgd import EASGD
 from easgd_local.rules.easgd_sync import EASGDSync
 from easgd_local.rules.passm import PASSM, PASSMPlus
+from easgd_local.rules.sgd import SGD
 from easgd_local.simulate.clock import Clock
 from easgd_local.simulate.link import Link
 from easgd_local.simulate.machine import Limits, Machine
@@ -139,8 +140,29 @@ def test_the_memory_is_full_where_the_workers_bytes_are_its_bandwidth() -> None:
     assert limits.exchange_s == pytest.approx(0.02 + 0.004)
     assert limits.cycle_s == pytest.approx(0.524)
     assert limits.memory_full_at == pytest.approx(40e9 * 0.524 / 200e6)
-    assert limits.link_share == pytest.approx(0.02 / 0.524)
     assert Limits.of(machine, floats=2, tau=5, visits=4, hides=True).cycle_s == pytest.approx(0.5)
+
+
+def test_where_all_keep_pace_the_cycle_is_the_slowest_workers() -> None:
+    machine = Machine(step_s=1.0, straggler=3.0, **AT_ONCE)
+
+    def cycle_s(turns: str) -> float:
+        return Limits.of(machine, floats=2, tau=5, visits=4, hides=False, workers=4, turns=turns).cycle_s
+
+    assert cycle_s("strict") == cycle_s("together") == 15
+    assert cycle_s("free") == cycle_s("none") == pytest.approx(4 / (3 / 5 + 1 / 15))
+
+
+def test_the_share_of_the_links_is_what_was_moved() -> None:
+    # 256 bytes every 3 s of a straggler, at 512 bytes a second: a sixth; half a second of exchange comes on top.
+    machine = Machine(step_s=1.0, straggler=3.0, parameters=32, link_gb_per_s=512e-9, latency_s=0.0)
+    assert run(EASGD(tau=1), 2, 200, machine).link_share == pytest.approx(0.5 / 3.5, rel=0.01)
+
+
+def test_a_sequential_rule_hides_nothing_as_it_exchanges_after_the_gradient() -> None:
+    machine = Machine(**BY_HAND, link_gb_per_s=128e-9, memory_gb_per_s=math.inf, latency_s=0.0, overlap=True)
+    done = run(SGD(), 1, 10, machine)
+    assert done.limits.cycle_s == pytest.approx(done.seconds / 10)
 
 
 # Traffic
@@ -289,6 +311,24 @@ def test_an_idle_block_goes_to_the_next_in_line_of_those_that_ask() -> None:
     # The second comes first, and holds the block while the others ask in the order 0, 1, 3.
     clock.run([lambda: ask(2, 0), lambda: ask(0, 0.1), lambda: ask(1, 0.2), lambda: ask(3, 0.3)])
     assert visits == [2, 3, 0, 1]
+
+
+def test_the_time_does_not_depend_on_how_many_coordinates_the_toy_has() -> None:
+    """With 64 workers 32 coordinates are two blocks, 256 sixteen, for the same places of the center."""
+
+    def pace(dimension: int) -> float:
+        scenario = Scenario(rule=EASGD(tau=1), workers=64, turns="free", steps=20, points=1)
+        problem = make_problem("quadratic", dimension=dimension)
+        return simulate(scenario, problem, Machine(spread=0.2)).gradients_per_s
+
+    assert pace(32) == pytest.approx(pace(256), rel=0.1)  # 0.3 of it while blocks were held beside other places
+
+
+@pytest.mark.parametrize("turns", ["strict", "free", "none"])
+def test_the_shares_of_a_run_that_stops_at_its_target_add_up_to_one(turns: str) -> None:
+    done = run(EASGD(tau=2), 5, 300, Machine(spread=0.5, memory_gb_per_s=5.0), turns=turns, stops=True, target=0.5)
+    assert done.status == "reached"
+    assert sum(done.shares.values()) == pytest.approx(1, rel=1e-12)
 
 
 def test_equal_simulations_give_equal_bits_and_another_seed_others() -> None:

@@ -121,12 +121,15 @@ class Elastic(Rule):
 
     def warnings(self, workers: int, curvature: float | None = None, turns: str = "") -> list[str]:
         """Sentences about α and η; `curvature` is an estimate of h at the start, 1 is assumed without one."""
-        if curvature is not None and self.lr > (most := self.lr_limit(curvature)):
-            return [
-                f"lr={self.lr} is beyond {most:.3g}, where steps of {self.name} begin to grow at curvature "
-                f"{_known(curvature)}: if the loss does not settle, lower lr, or give a warmup."
-            ]
         h = 1.0 if curvature is None else curvature
+        most = self.lr_limit(h)
+        no_alpha = self.moving_rate(workers) > self.alpha_limit(workers, h, turns) == 0  # lowering it would not help
+        if no_alpha or (curvature is not None and self.lr > most):
+            return [
+                f"lr={self.lr} is {'beyond' if self.lr > most else 'at'} {most:.3g}, where steps of {self.name} begin "
+                f"to grow at curvature {_known(curvature)}: if the loss does not settle, lower lr"
+                f"{'' if curvature is None else ', or give a warmup'}."
+            ]
         return self._alpha_warnings(workers, h, turns, _known(curvature))
 
     def _alpha_warnings(self, workers: int, h: float, turns: str, known: str) -> list[str]:

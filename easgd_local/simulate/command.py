@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import groupby
@@ -65,11 +67,20 @@ def execute(*, rules: Sequence[str], out: str, **values: Any) -> Iterator[str]:
     """Simulates, writes the files, and yields the lines to print as they are known.
 
     The folder may hold the files of an earlier simulation, which are replaced, and nothing else. `ValueError` for
-    values that cannot work, before anything is run; `OSError` when it cannot be written to.
+    values that cannot work, and `OSError` when it cannot be written to, before anything is run; `MemoryError`.
     """
+    try:
+        yield from _execute(rules, Path(out), values)
+    except OSError as error:  # of mmap
+        if error.errno != errno.ENOMEM:
+            raise
+        remedy = "choose fewer workers, or a smaller dimension"
+        raise MemoryError(f"there is not enough memory for this; {remedy}.") from None
+
+
+def _execute(rules: Sequence[str], folder: Path, values: dict[str, Any]) -> Iterator[str]:
     from easgd_local.simulate import figures, study  # here: the other commands need not wait for them
 
-    folder = Path(out)
     refuse_foreign(folder, FILES)
     machine = Machine(**{name: values.pop(name) for name in DEFAULTS if name in values})
     own = {name: values.pop(name) for name in OWN if name in values}
@@ -80,6 +91,7 @@ def execute(*, rules: Sequence[str], out: str, **values: Any) -> Iterator[str]:
     sweeps = len(set(workers)) > 1 or len(set(tau)) > 1
     scenarios = study.plan(made, workers, problem, stops=sweeps, **settings)
     factors = _checked(factors or (study.FACTORS if sweeps else [1.0]))
+    _try_to_write(folder)
     found, target = [], settings["target"]
     for _, row in groupby(study.cells(scenarios, problem, machine, factors), key=lambda cell: (cell.rule, cell.tau)):
         cells = list(row)
@@ -94,8 +106,14 @@ def execute(*, rules: Sequence[str], out: str, **values: Any) -> Iterator[str]:
     yield f"written: {', '.join(map(str, _write(folder, study.tables(found), pictures)))}"
 
 
-def _write(folder: Path, tables: Mapping[str, Table], pictures: Mapping[str, Any]) -> list[Path]:
+def _try_to_write(folder: Path) -> None:
+    """Makes the folder; `OSError` now, rather than after the whole simulation."""
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _write(folder: Path, tables: Mapping[str, Table], pictures: Mapping[str, Any]) -> list[Path]:
     written = []
     for stem, table in tables.items():
         written.append(folder / f"{stem}.csv")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 FLOAT_BYTES, CHUNK = 4, 64  # steps whose random numbers are drawn together
+IN_ROUNDS = ("strict", "together")  # orders of turns in which all workers keep the slowest one's pace
 
 
 def quantity(default: Any, help: str) -> Any:
@@ -100,7 +101,8 @@ class Limits:
     """Where the machine is full, for a rule that moves B bytes every τ steps and takes its turns without waiting.
 
     A worker makes an exchange every cycle = τ·step + latencies + B/min(b, M) seconds (with `overlap`, where the rule
-    allows it, step + the longer of the two hide: max(step, exchange) + (τ - 1)·step). The memory is full with
+    allows it, step + the longer of the two hide: max(step, exchange) + (τ - 1)·step). Of unequal workers it is the
+    slowest's where all keep pace, else that of their mean rate. The memory is full with
 
         p = M·cycle/B workers,   and a link with steps of less than (B/b)/τ seconds, whatever p is.
     """
@@ -109,19 +111,28 @@ class Limits:
     exchange_s: float
     cycle_s: float
     memory_full_at: float  # workers
-    link_share: float  # of the time that a worker's own link is busy
 
     @classmethod
-    def of(cls, machine: Machine, *, floats: float, tau: int, visits: int, hides: bool, workers: int = 1) -> Limits:
+    def of(
+        cls,
+        machine: Machine,
+        *,
+        floats: float,
+        tau: int,
+        visits: int,
+        hides: bool,
+        workers: int = 1,
+        turns: str = "strict",
+    ) -> Limits:
         """`visits`: blocks of an exchange, each of which costs the latency; `hides`: beside the gradient."""
         size_bytes = machine.exchange_bytes(floats)
         moving_s = size_bytes / min(machine.link_bytes_per_s, machine.memory_bytes_per_s)
         exchange_s = moving_s + visits * machine.latency_s
-        rates = []
+        cycles_s = []
         for rank in range(workers):
             step_s = machine.mean_step_s(rank, workers)
             first_s = max(step_s, exchange_s) if hides else step_s + exchange_s
-            rates.append(1 / (first_s + (tau - 1) * step_s))
-        cycle_s = len(rates) / sum(rates)
+            cycles_s.append(first_s + (tau - 1) * step_s)
+        cycle_s = max(cycles_s) if turns in IN_ROUNDS else workers / sum(1 / one for one in cycles_s)
         full_at = machine.memory_bytes_per_s * cycle_s / size_bytes if size_bytes else math.inf
-        return cls(size_bytes, exchange_s, cycle_s, full_at, size_bytes / machine.link_bytes_per_s / cycle_s)
+        return cls(size_bytes, exchange_s, cycle_s, full_at)

@@ -205,13 +205,13 @@ class Free(Order):
             for one in granted:
                 places, block = one
                 assert block is not None
-                w.move(places, floats)
                 yield w.take(block, -1)
                 w.leave(block)
                 w.move(1, floats)
                 self._holder[block.number] = None
                 self._grant(block.number)
                 pending.remove(one)
+                w.move(places, floats)  # only now: nobody shall wait for a block while its holder moves others
         w.move(walk[-1][0], floats)
         w.round += 1
 

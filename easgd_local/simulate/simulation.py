@@ -17,7 +17,7 @@ from easgd_local.optimizers import STEPS
 from easgd_local.rules.base import Rule, WorkerView
 from easgd_local.simulate.clock import Clock
 from easgd_local.simulate.link import Link
-from easgd_local.simulate.machine import Limits, Machine
+from easgd_local.simulate.machine import IN_ROUNDS, Limits, Machine
 from easgd_local.simulate.orders import ORDERS, Grid
 from easgd_local.simulate.problems import Problem
 from easgd_local.simulate.traffic import traffic
@@ -25,7 +25,6 @@ from easgd_local.simulate.worker import SimulatedWorker, World, share_out
 
 MOST_WORKERS, MOST_GRADIENTS = 4096, 10**8
 BLOWN_UP = 1e3  # times the error at the start: diverged
-IN_ROUNDS = ("strict", "together")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,8 @@ class Outcome:
     """What a simulation gave. Seconds are virtual; the curve is of the vector that the rule reports.
 
     status: "done", "reached" (stopped at the target) or "diverged".  shares: of the workers' time, on average.
-    memory_share: of the center's memory bandwidth that was used.  shared, x, local: vectors at the end.
+    memory_share, link_share: of the bandwidth of the center's memory, and of the workers' links, that was used.
+    shared, x, local: vectors at the end.
     """
 
     scenario: Scenario
@@ -93,6 +93,7 @@ class Outcome:
     staleness: Mapping[int, int]
     shares: Mapping[str, float]  # compute, exchange, wait
     memory_share: float
+    link_share: float
     limits: Limits
     shared: Mapping[str, Vector]
     x: list[Vector]
@@ -122,9 +123,9 @@ def simulate(scenario: Scenario, problem: Problem, machine: Machine) -> Outcome:
     def go_on(t: int) -> bool:
         return t < scenario.steps if rounds else next(begun, None) is not None
 
-    with np.errstate(all="ignore"):  # overflow and NaN end the run, and are not warned about
-        world.clock.run([partial(one.run, go_on, watch.stepped) for one in team], lambda: watch.status != "done")
-    watch.measure()
+    world.clock.run([partial(one.run, go_on, watch.stepped) for one in team], lambda: watch.status != "done")
+    with np.errstate(all="ignore"):  # as in the workers
+        watch.measure()
     return outcome(world, watch, team)
 
 
@@ -193,7 +194,8 @@ def outcome(world: World, watch: Watch, team: list[SimulatedWorker]) -> Outcome:
     seconds, machine, p = world.clock.now_s, world.machine, world.workers
     lived = sum(one.finished_s or seconds for one in team) or 1.0
     shares = {name: sum(getattr(one, f"{name}_s") for one in team) / lived for name in ("compute", "exchange", "wait")}
-    memory = world.link.moved_bytes / (machine.memory_bytes_per_s * seconds) if seconds else 0.0
+    used_bytes_per_s = world.link.moved_bytes / seconds if seconds else 0.0
+    memory, links = used_bytes_per_s / machine.memory_bytes_per_s, used_bytes_per_s / (p * machine.link_bytes_per_s)
     limits = Limits.of(
         machine,
         floats=world.traffic.floats,
@@ -201,12 +203,13 @@ def outcome(world: World, watch: Watch, team: list[SimulatedWorker]) -> Outcome:
         visits=world.grid.places,
         hides=world.hides,
         workers=p,
+        turns=str(watch.scenario.turns),
     )
     columns: dict[str, Any] = dict(zip(("seconds", "gradients", "error"), np.array(watch.rows, float).T, strict=True))
     local = [{name: value for name, value in one.kept.items() if name != "x"} for one in team]
     return Outcome(
         watch.scenario, watch.status, seconds, watch.gradients, columns, dict(sorted(world.staleness.items())), shares,
-        memory, limits, dict(world.shared), [one.x for one in team], local,
+        memory, links, limits, dict(world.shared), [one.x for one in team], local,
     )  # fmt: skip
 
 

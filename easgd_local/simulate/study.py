@@ -103,8 +103,8 @@ def run_lines(cell: Cell, measure: str) -> list[str]:
         f"  a worker's time: computing {_percent(shares['compute'])}, exchange {_percent(shares['exchange'])}, waiting "
         f"{_percent(shares['wait'])}; staleness: median {np.median(visits):,.0f}, largest {visits.max():,} updates.",
         f"  an exchange moves {limits.exchange_bytes / 1e6:,.4g} MB in {1e3 * limits.exchange_s:,.4g} ms or more; a "
-        f"link is busy {_percent(min(1.0, limits.link_share))} of the time, the center's memory was "
-        f"{_percent(it.memory_share)}; evenly spread, its bandwidth is full {full}.",
+        f"link was busy {_percent(it.link_share)} of the time, the center's memory {_percent(it.memory_share)}; evenly "
+        f"spread, its bandwidth is full {full}.",
     ]  # fmt: skip
 
 
@@ -129,11 +129,15 @@ def end_of_help(row: Sequence[Cell]) -> str:
             best = cell
     later = [cell for cell in row if cell.workers > best.workers]
     if not math.isfinite(best.seconds):
-        return "never there with any number of workers"
+        return "never there with any number of workers" if len(row) > 1 else "one number of workers only"
     if not later:
         return f"still helping at {best.workers:,} workers" if len(row) > 1 else "one number of workers only"
     lost = next((cell for cell in later if not math.isfinite(cell.seconds)), None)
-    return f"stops helping beyond {best.workers:,}" + (f", {lost.fate} from {lost.workers:,} on" if lost else "")
+    if lost is None:
+        return f"stops helping beyond {best.workers:,}"
+    for_good = not any(math.isfinite(cell.seconds) for cell in later if cell.workers > lost.workers)
+    where = f"from {lost.workers:,} on" if for_good else f"at {lost.workers:,}"
+    return f"stops helping beyond {best.workers:,}, {lost.fate} {where}"
 
 
 def title(cell: Cell) -> str:
@@ -172,7 +176,7 @@ def tables(found: Sequence[Cell]) -> dict[str, Table]:
         "memory_share": lambda cell: cell.best.memory_share,
         "exchange_bytes": lambda cell: cell.best.limits.exchange_bytes,
         "memory_full_at_workers": lambda cell: cell.best.limits.memory_full_at,
-        "link_share": lambda cell: cell.best.limits.link_share,
+        "link_share": lambda cell: cell.best.link_share,
     }
     one_each = [1] * len(found)
     runs = _whose(found, one_each) | {name: [read(cell) for cell in found] for name, read in columns.items()}

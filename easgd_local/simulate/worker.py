@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
+
 from easgd_local.backend.cpu import CpuOps, Vector
 from easgd_local.optimizers import STEPS, Optimizer
 from easgd_local.partition import partition
@@ -41,7 +43,8 @@ class World:
     @property
     def hides(self) -> bool:
         """Whether an exchange goes on beside the gradient."""
-        return self.machine.overlap and not self.traffic.moves_x
+        first = not self.rule.sequential  # those exchange after the gradient, in the end of a step
+        return self.machine.overlap and first and not self.traffic.moves_x
 
 
 def share_out(layers: list[slice], workers: int) -> list[slice]:
@@ -110,8 +113,10 @@ class SimulatedWorker:
             g[: only.start] = g[only.stop :] = 0
         clock, step_s = self._world.clock, self._step_time(self.t)
         began_s = self._beside_since_s if self._beside_since_s >= 0 else clock.now_s
-        clock.sleep(max(0.0, began_s + step_s - clock.now_s))
-        self.compute_s += step_s
+        try:
+            clock.sleep(max(0.0, began_s + step_s - clock.now_s))
+        finally:  # the end of the run may come first
+            self.compute_s += min(step_s, clock.now_s - began_s)
         return g
 
     def optimize(self, g: Vector) -> None:
@@ -124,17 +129,21 @@ class SimulatedWorker:
         """Until somebody wakes it."""
         clock = self._world.clock
         before_s = clock.now_s
-        clock.park()
-        self.wait_s += clock.now_s - before_s
+        try:
+            clock.park()
+        finally:
+            self.wait_s += clock.now_s - before_s
 
     def move(self, places: int, floats: float) -> None:
         """Takes the time of moving so many of the center's places."""
         world = self._world
         before_s = world.clock.now_s
-        if places:
-            world.clock.sleep(places * world.machine.latency_s)
-            world.link.transfer(world.machine.exchange_bytes(floats) * places / world.grid.places)
-        self.exchange_s += world.clock.now_s - before_s
+        try:
+            if places:
+                world.clock.sleep(places * world.machine.latency_s)
+                world.link.transfer(world.machine.exchange_bytes(floats) * places / world.grid.places)
+        finally:
+            self.exchange_s += world.clock.now_s - before_s
 
     def take(self, block: Block, place: int) -> slice:
         """The block is in hand: its next update is ours, as visitor number `place` of the round (-1: no rounds)."""
@@ -153,6 +162,8 @@ class SimulatedWorker:
 
     # The loop
 
+    # Overflow and NaN end the run, and are not warned about. Here, as each greenlet has such settings of its own.
+    @np.errstate(all="ignore")
     def run(self, go_on: Callable[[int], bool], stepped: Callable[[], None]) -> None:
         """Steps while `go_on(t)`, and says so after each."""
         while go_on(self.t):
