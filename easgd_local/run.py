@@ -62,7 +62,7 @@ class Run:
         self._failures: list[dict[str, Any]] = []
         self._warnings = list(prepared.warnings)
         crowded = len(self._ranks) * self._plan.threads > hardware.cores()
-        self._overhead = overhead.watch(self._plan.rule, crowded=crowded)
+        self._overhead = overhead.watch(self._plan.rule, crowded=crowded, steps=self._calendar.steps)
 
     def execute(self) -> dict[str, Any]:
         """Trains to the end, or until interrupted; writes the run folder; returns the summary."""
