@@ -151,7 +151,7 @@ def newest(run: Path) -> tuple[Path, Manifest]:
     if not complete:
         raise ValueError(
             f"resume={run}: this run has no checkpoint (an interrupted run writes one); start it again, with "
-            f"checkpoint_every to have some."
+            f"checkpoint_every (--checkpoint-every) to have some."
         )
     return complete[-1], read(complete[-1])
 
