@@ -65,7 +65,7 @@ def measure(workers: int, threads: int, width: int, batch_size: int, blocks: int
         times = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(workers)]
     plain, attached = ([second for one in times for second in one[which]] for which in (0, 1))
     return {
-        "entry": f"{workers} {'workers' if workers > 1 else 'worker'}",
+        "entry": f"{workers} {'workers' if workers > 1 else 'worker'}, batches of {batch_size}",
         "parameters": center.summary["parameters"], "batch_size": batch_size, "threads": threads, "tau": TAU,
         "step_s": spread(plain), "attached_step_s": spread(attached),
         "overhead_share": spread(a / p - 1 for a, p in zip(attached, plain, strict=True)),
@@ -75,9 +75,10 @@ def measure(workers: int, threads: int, width: int, batch_size: int, blocks: int
 def main() -> None:
     given = arguments("What does attach cost a training loop?").parse_args()
     common = about("attach")
-    width, batch_size, blocks = (4, 2, 2) if given.quick else (64, 32, 15)
+    width, batch_sizes, blocks = (4, (2,), 2) if given.quick else (64, (32, 128), 9)
     blocks = given.repetitions or blocks
-    record([measure(p, max(1, 2 // p), width, batch_size, blocks) for p in (1, 2)], common, given)
+    settings = [(p, size) for size in batch_sizes for p in (1, 2)]
+    record([measure(p, max(1, 2 // p), width, size, blocks) for p, size in settings], common, given)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import math
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,18 @@ class Flat:
         own = dict(copy.named_parameters()) | dict(copy.named_buffers())
         twin = object.__new__(Flat)
         vars(twin).update(vars(self) | {"model": copy, "_tensors": [own[entry.name] for entry in self.entries]})
+        vars(twin).pop("_held_buffers", None)
         return twin
+
+    @cached_property
+    def _held_buffers(self) -> list[tuple[Entry, Tensor, dict[str, Tensor | None], str]]:
+        """Each buffer of the vector, and where its module holds it under which name."""
+        found = []
+        for entry, tensor in zip(self.entries, self._tensors, strict=True):
+            if entry.is_buffer:
+                owner, _, name = entry.name.rpartition(".")
+                found.append((entry, tensor, self.model.get_submodule(owner)._buffers, name))
+        return found
 
     @property
     def trained(self) -> list[Entry]:
@@ -182,12 +194,8 @@ class Flat:
 
         Raises `ValueError` for one of another shape or type.
         """
-        for index, entry in enumerate(self.entries):
-            if not entry.is_buffer:
-                continue
-            owner, _, name = entry.name.rpartition(".")
-            held = self.model.get_submodule(owner)._buffers
-            assigned, ours = held.get(name), self._tensors[index]
+        for entry, ours, held, name in self._held_buffers:
+            assigned = held.get(name)
             if assigned is ours:
                 continue
             if assigned is None or assigned.shape != ours.shape or assigned.dtype != ours.dtype:
