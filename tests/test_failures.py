@@ -248,7 +248,9 @@ def test_exchanges_that_do_not_hide_are_warned_about_once_in_the_log_and_in_the_
     monkeypatch.setattr(overhead, "WINDOW_S", 0.0)
     summary = run(workers=2, steps=40, rule=EASGD(tau=2))
     (warning,) = summary["warnings"]
-    assert re.match(r"tau=2: exchange.* take .* % of the time even of worker [01], .*: tau=\d+ would bring", warning)
+    said, _, remedy = warning.rpartition(": ")
+    assert re.match(r"tau=2: exchange.* take .* % of the time even of worker [01], ", said)
+    assert re.match(r"tau=\d+ would bring|a larger tau would lower", remedy)  # as the run's length allows
     assert [one["message"] for one in metrics.read(summary["folder"]) if one["kind"] == "warning"] == [warning]
     assert warning in Path(summary["folder"], "report.md").read_text("utf-8")
 
