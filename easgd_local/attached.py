@@ -7,7 +7,7 @@ import io
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -349,10 +349,7 @@ class Attached(Visitor):
     def center_model(self, c: Vector | None = None) -> nn.Module:
         """A copy of the model with the values of c (default: the center's, read now), in evaluation mode."""
         values = vector(self._flat.n)
-        if c is None:
-            c = self._center.vectors[self._rule.reported]
-        np.copyto(values, c)
-        np.copyto(values[self._buffers], self._center.vectors["c"][self._buffers])
+        np.copyto(values, self._result(self._center.vectors) if c is None else c)
         try:
             model = copy.deepcopy(self._attachment.model)
         except RuntimeError as error:
@@ -360,11 +357,15 @@ class Attached(Visitor):
         self._flat.of(model).bind(values)
         return model.eval()
 
+    def _result(self, vectors: Mapping[str, Vector]) -> Vector:
+        """A copy of what the rule reports, with the buffers of c."""
+        values = vectors[self._rule.reported].copy()
+        values[self._buffers] = vectors["c"][self._buffers]
+        return values
+
     def _evaluate(self, t: int) -> None:
         """Answers the launcher's question about the center's snapshot, which it has taken at step t."""
-        snapshot = self._center.snapshot
-        values = snapshot[self._rule.reported].copy()
-        values[self._buffers] = snapshot["c"][self._buffers]
+        values = self._result(self._center.snapshot)
         self._post("taken")
         began, attachment = time.perf_counter(), self._attachment
         model = self.center_model(values)

@@ -360,6 +360,19 @@ def test_batch_norm_statistics_are_averaged_or_left_alone(buffers):
         assert [int(model.count) for model in team.models] == [4, 4]
 
 
+def test_an_evaluation_sees_weights_and_statistics_of_the_snapshot_not_of_the_center_as_it_is_now():
+    with Team.of(EASGD(tau=1), 2, used, Everything) as team:
+        team.run(3)
+        team.center.take_whole_snapshot()
+        snapshot = team.center.snapshot["c"].copy()
+        team.center.vectors["c"][:] = 7.0  # workers that are ahead
+        one = team.workers[0]
+        seen = []
+        object.__setattr__(one._attachment, "evaluate", lambda model: seen.append(one._flat.of(model).values()) or {})
+        one._evaluate(3)
+        assert np.array_equal(seen[0], snapshot)
+
+
 def test_the_center_model_is_a_copy_in_evaluation_mode():
     with Team.of(EASGD(tau=1, alpha=0.5), 2, used, Everything) as team:
         team.run(3)
