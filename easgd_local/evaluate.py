@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from easgd_local import data, hardware, models
+from easgd_local import calibrate, data, hardware, models
 from easgd_local.backend.cpu import vector
 from easgd_local.center import Center
 from easgd_local.data import Dataset, Split
@@ -42,26 +42,16 @@ def evaluate(model: nn.Module, dataset: Dataset, *, samples: int, precision: str
     return Scores(train_loss, test_loss, test_error)
 
 
-@torch.no_grad()
 def recalibrate(model: nn.Module, dataset: Dataset, *, samples: int) -> None:
     """Replaces the running statistics of every BatchNorm by the mean of those of batches of training samples.
 
-    As torch.optim.swa_utils.update_bn does, but without dropout, and each batch is spread over the whole set, since
-    folders of pictures come class by class and a batch of one class varies too little.
+    Each batch is spread over the whole set, since folders of pictures come class by class and a batch of one class
+    varies too little.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches to come
-        norm.train()
     indices = evenly_spaced(len(dataset.train), samples)
     batches = -(-len(indices) // BATCH)
-    for images, _ in dataset.train.stream(indices[first::batches] for first in range(batches)):
-        model(torch.from_numpy(data.prepare(images, dataset)))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    pictures = dataset.train.stream(indices[first::batches] for first in range(batches))
+    calibrate.recalibrate(model, (torch.from_numpy(data.prepare(images, dataset)) for images, _ in pictures))
 
 
 def evenly_spaced(count: int, samples: int) -> NDArray[np.int64]:
