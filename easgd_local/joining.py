@@ -11,15 +11,14 @@ import itertools
 import os
 import pickle
 import select
-import signal
 import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import torch
 
@@ -31,6 +30,7 @@ from easgd_local.launching import LaunchConfig, conduct, prepare, run_folder, vi
 from easgd_local.loop import LoopWorker
 from easgd_local.looprun import LoopRun
 from easgd_local.randomness import seed_all, seed_of
+from easgd_local.run import signals
 from easgd_local.visitor import Stopped
 
 KEY_BYTES, WATCH_S = 32, 0.5
@@ -71,7 +71,7 @@ def join(
         conn = ends.enter_context(_meet(rank, leader))
         seed_all(seed_of(seed, rank))
         worker = LoopWorker(rank, workers, conn, seed)
-        ends.enter_context(_signals(leader, worker))
+        ends.enter_context(signals(_answer(leader, worker)))
         with contextlib.nullcontext() if leader else _outlived_by(_peer(conn)):
             yield from _block(worker, conn, leader)
 
@@ -159,22 +159,16 @@ def _outlived_by(leader: int) -> Iterator[None]:
         over.set()
 
 
-@contextlib.contextmanager
-def _signals(leader: _Leader | None, worker: LoopWorker) -> Iterator[None]:
+def _answer(leader: _Leader | None, worker: LoopWorker) -> Callable[[int, FrameType | None], None]:
     """Ctrl-C and torchrun's own signal reach all processes; the leader stops the run in order, the others wait."""
 
-    def answer(number: int, frame: Any) -> None:
+    def answer(number: int, frame: FrameType | None) -> None:
         if not worker.is_attached:  # there is nothing to save yet
             raise KeyboardInterrupt
         if leader is not None:
             leader.interrupt()
 
-    old = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
+    return answer
 
 
 class _Guests(Launcher):

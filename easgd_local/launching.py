@@ -25,6 +25,7 @@ from easgd_local.looprun import Gathered, LoopRun
 from easgd_local.metrics import Listener
 from easgd_local.outset import check_room, restore, set_turns, shared_names
 from easgd_local.rules.base import make_plain
+from easgd_local.run import signals
 from easgd_local.runfolder import claim, lock, saved_values, write_config
 from easgd_local.schedules import Calendar
 from easgd_local.view import Lines, Screen, open_view, summary_table
@@ -138,7 +139,7 @@ def launch(
     run = None if resume is None else Path(resume)
     warm_up("easgd_local.preload_loop")
     with contextlib.ExitStack() as ends:
-        with _terminable():
+        with signals(signal.default_int_handler):  # SIGTERM is a Ctrl-C, so that nothing is left behind
             folder = ends.enter_context(run_folder(config, job.label, run))
             launcher = ends.enter_context(Launcher(folder / "logs"))
             start = partial(_start, launcher, job, config)
@@ -154,20 +155,6 @@ def launch(
 def _start(launcher: Launcher, job: hosted.Job, config: LaunchConfig, rank: int) -> Child:
     arguments = (rank, config.workers, job, config.seed, config.thread_count)
     return launcher.start(f"worker-{rank}", hosted.main, [], arguments, rank)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM is a Ctrl-C meanwhile, so that nothing is left behind (only the main thread can ask for that)."""
-    try:
-        old = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
 
 
 @contextlib.contextmanager
