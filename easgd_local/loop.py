@@ -203,7 +203,7 @@ class LoopWorker:
                 "shuffle=False or drop_last=False: a worker's loader shuffles in every epoch and all its batches are "
                 "full; leave them out, or make a DataLoader yourself."
             )
-        if "generator" not in options:
+        if options.get("generator") is None:
             options["generator"] = torch.Generator().manual_seed(seed_of(self._seed, self.rank))
         return Loader(dataset, self.sampler(dataset, batch_size, sampling=sampling), **options)
 
