@@ -60,7 +60,6 @@ class Attachment:
 
     model: nn.Module
     optimizers: tuple[Optimizer, ...]
-    buffers: str
     optimizer_state: str
     evaluate: Evaluation | None
     calibrate_on: Iterable[Any] | None
@@ -86,7 +85,7 @@ class Attached(Visitor):
         rule = plan.rule
         super().__init__(
             rank, center, plan, flat.buffers, post, start.t, kept=rule.over_local, scratch=rule.over_scratch,
-            joined_t=start.run_t,
+            run_t=start.run_t,
         )  # fmt: skip
         self._flat, self._attachment, self._conn = flat, attachment, conn
         self._parameters = [id(one) for one in attachment.model.parameters()]
@@ -176,14 +175,14 @@ class Attached(Visitor):
             self._drop_gradients()
 
     def _exchange_buffers(self, b: slice) -> None:
-        if self._attachment.buffers == "average":
+        if self._plan.buffers == "average":
             super()._exchange_buffers(b)
         elif self.rank == 0:  # each worker's own: the center carries worker 0's
             self.ops.copy(self.c[b], self.x[b])
 
     def _reload(self) -> None:
         super()._reload()
-        if self._attachment.buffers != "average":
+        if self._plan.buffers != "average":
             self.ops.copy(self.x[self._buffers], self.c[self._buffers])
         self._reset_optimizers()
 

@@ -116,7 +116,7 @@ class LoopWorker:
             if hasattr(rule, "moving_rate"):
                 rule.moving_rate(self.workers)
         attachment = Attachment(
-            plain, optimizers, buffers, optimizer_state, evaluate, calibrate_on, _checked_stateful(stateful),
+            plain, optimizers, optimizer_state, evaluate, calibrate_on, _checked_stateful(stateful),
             self._positions,
         )  # fmt: skip
         proposal = Proposal(

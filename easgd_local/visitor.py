@@ -54,7 +54,7 @@ class Visitor:
 
     def __init__(
         self, rank: int, center: Center, plan: Plan, buffers: slice, post: Callable[..., None], t: int, *,
-        kept: tuple[str, ...], scratch: tuple[str, ...], place: Place | None = None, joined_t: int | None = None,
+        kept: tuple[str, ...], scratch: tuple[str, ...], place: Place | None = None, run_t: int | None = None,
     ) -> None:  # fmt: skip
         self.rank, self.workers, self.t = rank, plan.layout.workers, t
         self._place = OnCpu(center, rank, plan.calendar) if place is None else place
@@ -66,7 +66,7 @@ class Visitor:
         self._kept = {name: vector(buffers.stop) for name in ("x", *kept)}
         self._vectors = self._kept | {name: vector(buffers.stop) for name in scratch} | dict(shared)
         self._vectors |= {name: shared[f"{name}{rank}"] for name in self._rule.allotted}
-        first_round = plan.calendar.rounds_before(t if joined_t is None else joined_t)
+        first_round = plan.calendar.rounds_before(t if run_t is None else run_t)
         self._turns = self._place.turns(
             plan.turns, self._hold_in_wait, first_round, lambda b: self._rule.close(self, b)
         )
