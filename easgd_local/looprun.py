@@ -214,12 +214,7 @@ class LoopRun(Run):
 
     def center_state(self) -> dict[str, Tensor]:
         naming = self._namings[min(self._namings)] if self._namings else self._prepared.proposal.naming
-        vectors = self._center.vectors
-        c, buffers = vectors[self._plan.rule.reported].copy(), self._buffer_coordinates()
-        c[buffers] = vectors["c"][buffers]
-        if self._plan.buffers == "recalibrate" and self._buffers is not None:
-            c[buffers] = self._buffers
-        return naming.state_dict(c)
+        return naming.state_dict(self._result(self._buffer_coordinates()))
 
     def _buffer_coordinates(self) -> slice:
         entries = self._prepared.proposal.entries

@@ -123,6 +123,15 @@ class Run:
         """The center's state dict, as it is now."""
         raise NotImplementedError
 
+    def _result(self, buffers: slice) -> Vector:
+        """A copy of what the rule reports, with the buffers of c, or those that were computed anew for it."""
+        vectors = self._center.vectors
+        c = vectors[self._plan.rule.reported].copy()
+        c[buffers] = vectors["c"][buffers]
+        if self._plan.buffers == "recalibrate" and self._buffers is not None:
+            c[buffers] = self._buffers
+        return c
+
     @contextlib.contextmanager
     def _tensorboard(self) -> Iterator[list[Listener]]:
         """A listener that draws for TensorBoard, if that is wanted."""

@@ -87,9 +87,5 @@ class Training(Run):
             self._evaluate_now(self._calendar.rounds_before(steps) - 1, steps)
 
     def center_state(self) -> dict[str, Tensor]:
-        flat, vectors = self._prepared.flat, self._center.vectors
-        c = vectors[self._plan.rule.reported].copy()
-        c[flat.buffers] = vectors["c"][flat.buffers]
-        if self._plan.buffers == "recalibrate" and self._buffers is not None:
-            c[flat.buffers] = self._buffers
-        return flat.state_dict(c)
+        flat = self._prepared.flat
+        return flat.state_dict(self._result(flat.buffers))
