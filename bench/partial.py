@@ -32,7 +32,7 @@ def gradient_of(model: str, batch_size: int) -> Gradient:
     torch.manual_seed(0)
     net = models.build(model, shape=dataset.input_shape, classes=10)
     sampler = data.shard(0, 0, 1, batch_size, 4 * batch_size)
-    return Gradient(net, dataset, sampler, rank=0, weight_decay=0.0, precision="fp32")
+    return Gradient(net, dataset, sampler, rank=0, weight_decay=0.0)
 
 
 def measure(model: str, batch_size: int, repetitions: int) -> list[Row]:

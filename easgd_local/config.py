@@ -67,6 +67,10 @@ class Config:
     lr_step: int | None = flag(None, "schedule step: steps from one decay to the next")
     lr_decay: float | None = flag(None, "schedule step: factor of each decay; default 0.1")
     precision: Literal["fp32", "bf16"] = flag("fp32", "precision of forward and backward; x, c and g stay float32")
+    channels_last: bool = flag(
+        False,
+        "pictures with the channels of each pixel together in memory: often faster in convolutions; rounded otherwise",
+    )
     buffers: Literal["average", "recalibrate"] = flag(
         "average",
         "BatchNorm statistics of the center: exchanged like parameters, or computed anew on training samples",

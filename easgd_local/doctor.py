@@ -113,7 +113,7 @@ def exchange(*, model: str, data: str, workers: int, tau: int, batch_size: int) 
     try:
         net = models.build(model, shape=dataset.input_shape, classes=len(dataset.classes))
         sampler = datasets.shard(0, 0, workers, batch_size, len(dataset.train))
-        gradient = Gradient(net, dataset, sampler, rank=0, weight_decay=1e-4, precision="fp32")
+        gradient = Gradient(net, dataset, sampler, rank=0, weight_decay=1e-4)
         ops, n = CpuOps(), gradient.n
         x, c, d = vector(n), vector(n), vector(n)
         x[:] = c[:] = gradient.flat.values()

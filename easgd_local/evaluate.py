@@ -18,7 +18,7 @@ from easgd_local.backend.cpu import vector
 from easgd_local.center import Center
 from easgd_local.data import Dataset, Split
 from easgd_local.flat import Flat
-from easgd_local.gradient import autocast
+from easgd_local.gradient import USUAL, Computing
 from easgd_local.worker import TrainingPlan
 
 BATCH = 250  # for statistics
@@ -34,11 +34,11 @@ class Scores:
     test_error: float
 
 
-def evaluate(model: nn.Module, dataset: Dataset, *, samples: int, precision: str = "fp32") -> Scores:
+def evaluate(model: nn.Module, dataset: Dataset, *, samples: int, computing: Computing = USUAL) -> Scores:
     """Scores of `model` on `samples` evenly spaced training samples, centrally cropped, and on the whole test set."""
     model.eval()
-    train_loss, _ = _score(model, dataset, dataset.train, evenly_spaced(len(dataset.train), samples), precision)
-    test_loss, test_error = _score(model, dataset, dataset.test, np.arange(len(dataset.test)), precision)
+    train_loss, _ = _score(model, dataset, dataset.train, evenly_spaced(len(dataset.train), samples), computing)
+    test_loss, test_error = _score(model, dataset, dataset.test, np.arange(len(dataset.test)), computing)
     return Scores(train_loss, test_loss, test_error)
 
 
@@ -61,13 +61,13 @@ def evenly_spaced(count: int, samples: int) -> NDArray[np.int64]:
 
 @torch.no_grad()
 def _score(
-    model: nn.Module, dataset: Dataset, split: Split, indices: NDArray[np.int64], precision: str
+    model: nn.Module, dataset: Dataset, split: Split, indices: NDArray[np.int64], computing: Computing
 ) -> tuple[float, float]:
     loss, wrong = 0.0, 0
     for images, labels in split.stream(_batches(indices)):
         targets = torch.from_numpy(labels)
-        with autocast(precision):
-            answers = model(torch.from_numpy(data.prepare(images, dataset))).float()
+        with computing.context():
+            answers = model(computing.inputs(data.prepare(images, dataset))).float()
         loss += F.cross_entropy(answers, targets, reduction="sum").item()
         wrong += int((answers.argmax(1) != targets).sum())
     return loss / len(indices), wrong / len(indices)
@@ -97,5 +97,5 @@ def main(conn: Connection, fds: list[int], plan: TrainingPlan, description: dict
         began = time.perf_counter()
         if plan.buffers == "recalibrate":
             recalibrate(model, dataset, samples=plan.evaluation_samples)
-        scores = evaluate(model, dataset, samples=plan.evaluation_samples, precision=plan.precision)
+        scores = evaluate(model, dataset, samples=plan.evaluation_samples, computing=plan.computing)
         conn.send(("evaluated", asdict(scores), copy[flat.buffers].copy(), time.perf_counter() - began))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,29 @@ from easgd_local.flat import Flat
 PRECISIONS = ("fp32", "bf16")
 
 
+@dataclass(frozen=True)
+class Computing:
+    """How a model computes: the precision of forward and backward (one of PRECISIONS), and the order of a picture's
+    elements in memory: channel by channel (torch's default), or with the channels of each pixel together."""
+
+    precision: str = "fp32"
+    channels_last: bool = False
+
+    def context(self) -> contextlib.AbstractContextManager[object]:
+        """bfloat16 where torch holds that to be safe, or plain float32."""
+        if self.precision == "bf16":
+            return torch.autocast("cpu", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def inputs(self, pictures: np.ndarray) -> torch.Tensor:
+        """float32[b, C, H, W], of the same values: all layers keep the order in memory that they are given."""
+        made = torch.from_numpy(pictures)
+        return made.contiguous(memory_format=torch.channels_last) if self.channels_last else made
+
+
+USUAL = Computing()
+
+
 class Gradient:
     """g(x) = ∇[mean loss of one minibatch + (λ/2)‖x‖²], a pure function of (seed, rank, t, x).
 
@@ -25,14 +49,21 @@ class Gradient:
     """
 
     def __init__(
-        self, model: nn.Module, dataset: Dataset, sampler: Sampler, *, rank: int, weight_decay: float, precision: str
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        sampler: Sampler,
+        *,
+        rank: int,
+        weight_decay: float,
+        computing: Computing = USUAL,
     ) -> None:
         self.flat = Flat(model)
         self.n, self.buffers = self.flat.n, self.flat.buffers
         self.loss = float("nan")  # of the latest minibatch, without the weight decay term
         self.samples_per_step = sampler.batch_size
         self._model, self._dataset, self._sampler, self._rank = model.train(), dataset, sampler, rank
-        self._weight_decay, self._precision = weight_decay, precision
+        self._weight_decay, self._computing = weight_decay, computing
         self._g = vector(self.n)
         self.flat.bind_gradients(self._g)
         self._bound: Vector | None = None
@@ -56,7 +87,7 @@ class Gradient:
         inputs, targets, seed = self._minibatch(t)
         torch.manual_seed(seed)
         ops.fill(self._g, 0.0)
-        with self.flat.training(only), autocast(self._precision):
+        with self.flat.training(only), self._computing.context():
             loss = F.cross_entropy(self._model(inputs), targets)
         loss.backward()
         self.loss = loss.item()
@@ -83,11 +114,4 @@ class Gradient:
         images, labels = next(self._batches)
         rng = step_rng(self._sampler.seed, self._rank, t)
         pictures = prepare(images, self._dataset, rng)
-        return torch.from_numpy(pictures), torch.from_numpy(labels), int(rng.integers(2**62))
-
-
-def autocast(precision: str) -> contextlib.AbstractContextManager[object]:
-    """The context in which a model computes: bfloat16 where torch holds that to be safe, or plain float32."""
-    if precision == "bf16":
-        return torch.autocast("cpu", torch.bfloat16)
-    return contextlib.nullcontext()
+        return self._computing.inputs(pictures), torch.from_numpy(labels), int(rng.integers(2**62))

@@ -19,6 +19,7 @@ from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
 from easgd_local.curvature import start_curvature
 from easgd_local.data import Dataset
 from easgd_local.flat import Flat
+from easgd_local.gradient import Computing
 from easgd_local.outset import check_room, copy_center, restore, set_turns, shared_names
 from easgd_local.partition import partition
 from easgd_local.rules.elastic import Elastic
@@ -82,7 +83,7 @@ class Prepared:
                 os.close(fd)
 
 
-def prepare(config: Config, resume: Path | None = None) -> Prepared:
+def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None = None) -> Prepared:
     """Loads the data, builds the model and the center, and claims the run folder last.
 
     With `resume`, a run folder, the center and the workers' states come from its newest checkpoint and `config` must
@@ -94,7 +95,7 @@ def prepare(config: Config, resume: Path | None = None) -> Prepared:
     with contextlib.ExitStack() as undo:
         lock_fd = -1 if resume is None else lock(resume, undo)  # first: a run in progress moves its checkpoints
         manifest = None if resume is None else _checked_checkpoint(config, resume)
-        dataset = load(config)
+        dataset = dataset or load(config)
         plan, warnings = _plan(config, dataset)
         if resume is not None and manifest is not None:
             _check_work_left(config, plan.calendar.steps, manifest.t, resume)
@@ -212,7 +213,7 @@ def _plan(config: Config, dataset: Dataset) -> tuple[TrainingPlan, list[str]]:
         seed=config.seed,
         weight_decay=config.weight_decay,
         turns=config.turns,
-        precision=config.precision,
+        computing=Computing(config.precision, config.channels_last),
         buffers=config.buffers,
         threads=config.threads or max(1, cores // workers),
         folder=Path(),

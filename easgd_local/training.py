@@ -12,6 +12,7 @@ from torch import Tensor
 
 from easgd_local import evaluate, worker
 from easgd_local.config import Config
+from easgd_local.data import Dataset
 from easgd_local.launcher import Child, Launcher, warm_up
 from easgd_local.metrics import Listener
 from easgd_local.prepare import Prepared, prepare
@@ -19,16 +20,23 @@ from easgd_local.run import Run
 from easgd_local.visitor import Start
 
 
-def train(config: Config, *, resume: str | Path | None = None, listeners: Sequence[Listener] = ()) -> dict[str, Any]:
+def train(
+    config: Config,
+    *,
+    resume: str | Path | None = None,
+    listeners: Sequence[Listener] = (),
+    dataset: Dataset | None = None,
+) -> dict[str, Any]:
     """Trains as the command line does; returns what summary.json holds, and the run folder under "folder".
 
     `resume` names the folder of a run to continue. `listeners` are called with every event of metrics.jsonl.
+    `dataset` is what `prepare.load(config)` gives, for a caller of many runs that loads it once.
     Raises `ValueError` or `MemoryError` for a configuration that cannot work, before anything is started.
     """
     if not isinstance(config, Config):
         raise ValueError(f"config={config!r}: must be a configuration; write easgd.train(easgd.Config(rule=...)).")
     warm_up()
-    with prepare(config, None if resume is None else Path(resume)) as prepared:
+    with prepare(config, None if resume is None else Path(resume), dataset) as prepared:
         return Training(prepared, listeners).execute()
 
 

@@ -16,7 +16,7 @@ from easgd_local import data, faults, models
 from easgd_local.backend.cpu import CpuOps, Vector
 from easgd_local.center import Center
 from easgd_local.devices import Place
-from easgd_local.gradient import Gradient
+from easgd_local.gradient import Computing, Gradient
 from easgd_local.learning_rate import LearningRate
 from easgd_local.optimizers import STEPS, Optimizer
 from easgd_local.partition import partition
@@ -50,7 +50,7 @@ class TrainingPlan(Plan):
     batch_size: int
     sampling: str
     weight_decay: float
-    precision: str
+    computing: Computing
     evaluation_samples: int
 
     def sampler(self, rank: int, samples: int) -> data.Sampler:
@@ -155,7 +155,7 @@ def main(
     model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
     sampler = plan.sampler(rank, len(dataset.train))
     gradient = Gradient(
-        model, dataset, sampler, rank=rank, precision=plan.precision,
+        model, dataset, sampler, rank=rank, computing=plan.computing,
         weight_decay=0.0 if plan.rule.decoupled else plan.weight_decay,
     )  # fmt: skip
 

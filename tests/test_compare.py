@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from easgd_local import cli
+from easgd_local import cli, data
 from easgd_local.compare import contest, tuning
 from easgd_local.compare.command import make_comparison
 from easgd_local.compare.contest import open_contest, rotated
@@ -27,6 +27,7 @@ from easgd_local.compare.tables import bytes_text, markdown
 from easgd_local.launcher import warm_up
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.easgd import EASGD
+from easgd_local.rules.msgd import MSGD
 from tests.conftest import children, eventually
 
 # Entries
@@ -62,6 +63,13 @@ def test_an_entry_with_one_worker_gets_the_threads_of_all() -> None:
     comparison = make_comparison(entries=["msgd", "ddp", "msgd threads=1"], workers=3, threads=2)
     configs = [comparison.config(one, steps=40) for one in comparison.entries]
     assert [(one.workers, one.threads, one.eval_every) for one in configs] == [(1, 6, 2), (3, 2, 2), (1, 1, 2)]
+
+
+def test_an_entry_may_have_workers_of_its_own() -> None:
+    comparison = make_comparison(entries=["easgd", "easgd workers=16", "msgd"], workers=4, epochs=2.0, batch_size=10)
+    configs = [comparison.config(one, steps=40) for one in comparison.entries]
+    assert [one.workers for one in configs] == [4, 16, 1] and comparison.most_workers == 16
+    assert [comparison.fixed_steps(one, 1600) for one in comparison.entries] == [80, 20, 320]
 
 
 def test_epochs_give_all_entries_the_same_number_of_samples() -> None:
@@ -118,6 +126,12 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (["msgd", "post-local-sgd ddp_steps=-1"], "ddp_steps=-1: must be at least 0"),
     (["msgd", "ddp", "--target-error", "1"], r"target_error=1.0: .* must lie in \(0, 1\)"),
     (["msgd", "ddp", "--target-error", "nan"], "target_error=nan: "),
+    (["msgd", "easgd workers=0"], "workers=0: must be a whole number of at least 1"),
+    (["msgd workers=2", "ddp"], "workers=2: the rule msgd is sequential"),
+    (["msgd", "ddp", "--tune-over", "tau"], "tune_over=tau: lr must be among them; write lr,tau"),
+    (["msgd", "ddp", "--tune-over", "lr,mu"], "tune_over=mu: must be one of lr, tau, beta"),
+    (["msgd", "ddp", "--tune-lrs", "4"], "tune_lrs=4: as many smaller as larger ones"),
+    (["msgd", "ddp", "--tune-cost", "0"], "tune_cost=0.0: in compared runs, must be positive"),
     (["msgd", "ddp", "--seeds", "0"], "seeds=0: must be at least 1"),
     (["msgd", "ddp", "--budget", "10"], "budget=10: must be a time with its unit"),
     (["msgd", "ddp", "--budget", "0s"], "budget=0s: must be a time with its unit"),
@@ -146,7 +160,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Runs are not run: each is noted under "runs", and `outcome` makes its record."""
     notes: dict[str, Any] = {"runs": [], "outcome": lambda entry, config: {}}
 
-    def measure(entry: Entry, config: Any) -> dict[str, Any]:
+    def measure(entry: Entry, config: Any, dataset: Any) -> dict[str, Any]:
+        assert dataset is DIGITS
         notes["runs"].append((entry.label, config.seed, config.steps, entry.rule.lr))
         point = {"t": config.steps, "seconds": 2.0, "samples": 64, "test_error": 0.05, "train_loss": 0.1}
         known = {"label": entry.label, "seed": config.seed, "lr": entry.rule.lr, "wanted_steps": config.steps}
@@ -159,8 +174,11 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     yield notes
 
 
+DIGITS = data.load("digits")
+
+
 def play(comparison: Comparison, folder: Path) -> contest.Contest:
-    with open_contest(comparison, folder, 1437) as one:
+    with open_contest(comparison, folder, DIGITS) as one:
         list(one.run())
     return one
 
@@ -218,7 +236,7 @@ def test_a_folder_with_other_files_is_left_alone(made_up: dict[str, Any], tmp_pa
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
     comparison = make_comparison(entries=["msgd", "ddp"])
-    with open_contest(comparison, tmp_path, 9), pytest.raises(ValueError, match="is in progress there"):
+    with open_contest(comparison, tmp_path, DIGITS), pytest.raises(ValueError, match="is in progress there"):
         play(comparison, tmp_path)
 
 
@@ -255,24 +273,52 @@ def test_an_entry_whose_timed_run_fails_is_reported(made_up: dict[str, Any], tmp
 
 
 def trial(lr: float, error: float = 0.1, loss: float = 1.0, status: str = "done") -> dict[str, Any]:
-    return {"lr": lr, "test_error": error, "test_loss": loss, "status": status}
+    return {"values": {"lr": lr}, "test_error": error, "test_loss": loss, "status": status}
 
 
 def test_the_best_trial_has_the_least_error_then_the_least_loss() -> None:
     trials = [trial(9, 0.01, status="diverged"), trial(1, 0.2), trial(2, 0.1, 0.5), trial(3, 0.1, 0.4), trial(4, 0.3)]
-    assert tuning.best_first(trials) == [3, 2, 1, 4, 9]
+    assert [one["lr"] for one in tuning.best_first(trials)] == [3, 2, 1, 4, 9]
 
 
 def test_halving_keeps_the_best_and_runs_them_longer() -> None:
     asked = []
 
-    def tried(lr: float, steps: int) -> dict[str, Any]:
-        asked.append((lr, steps))
-        return trial(lr, abs(math.log(lr / 0.3)))
+    def tried(values: dict[str, float], steps: int) -> dict[str, Any]:
+        asked.append((values["lr"], steps))
+        return trial(values["lr"], abs(math.log(values["lr"] / 0.3)))
 
-    assert tuning.search(0.1, 100, tried) == 0.316
+    given = tuning.candidates(EASGD(lr=0.1), ["lr"], lrs=5, workers=4, steps=100)
+    assert tuning.search(given, 100, tried) == {"lr": 0.316}
     assert asked == [(0.01, 25), (0.0316, 25), (0.1, 25), (0.316, 25), (1, 25), (0.316, 50), (0.1, 50)]
-    assert sum(steps for _, steps in asked) / 100 == tuning.COST
+    assert sum(steps for _, steps in asked) / 100 == tuning.cost_of(tuning.rungs(5)) == 2.25
+
+
+def test_the_more_candidates_the_shorter_the_first_trials() -> None:
+    assert tuning.rungs(2) == [(2, 1 / 2)]
+    assert tuning.rungs(3) == [(3, 1 / 4), (2, 1 / 2)]
+    assert tuning.rungs(15) == [(15, 1 / 16), (10, 1 / 8), (5, 1 / 4), (2, 1 / 2)]
+    assert tuning.rungs(1) == []
+
+
+def test_a_search_costs_what_it_may() -> None:
+    assert tuning.rungs(3, 0.875) == [(3, 1 / 8), (2, 1 / 4)]
+    assert tuning.rungs(5, 1e9) == [(5, 1.0), (2, 1.0)]  # no trial is longer than a compared run
+    assert tuning.rungs(1, 0.5) == []
+
+
+def test_tau_and_beta_are_tried_around_an_entrys_own_where_it_has_them() -> None:
+    """45 begin with 1/32 of the steps: of 16 steps, τ = 40 would meet not once, τ = 10 is the entry's own."""
+    names = ("lr", "tau", "beta")
+    found = tuning.candidates(EASGD(lr=0.1), names, lrs=5, workers=4, steps=512)
+    assert {one["tau"] for one in found} == {10, 2} and {one["beta"] for one in found} == {0.9, 0.3, 2.7}
+    assert len(found) == 5 * 2 * 3
+    assert 40 in {one["tau"] for one in tuning.candidates(EASGD(), names, lrs=5, workers=4, steps=10_000)}
+    two = tuning.candidates(EASGD(), names, lrs=1, workers=2, steps=512)
+    assert {one["beta"] for one in two} == {0.9, 0.3}  # 2.7 / 2 is no moving rate
+    given = tuning.candidates(EASGD(alpha=0.2), names, lrs=3, workers=4, steps=99)
+    assert {tuple(one) for one in given} == {("lr", "tau")}
+    assert tuning.candidates(MSGD(lr=0.1), names, lrs=1, workers=1, steps=9) == [{"lr": 0.1}]
 
 
 def test_each_entry_runs_at_its_own_best_step_size(made_up: dict[str, Any], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from easgd_local import data, evaluate, models
 from easgd_local.data import Dataset
 from easgd_local.evaluate import BATCH, Scores, evenly_spaced, recalibrate
+from easgd_local.gradient import Computing
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -116,7 +117,7 @@ def test_the_weight_decay_is_no_part_of_the_loss() -> None:
 def test_bfloat16_scores_are_others_but_close() -> None:
     dataset = small()
     model = network(dataset)
-    full, half = (evaluate.evaluate(model, dataset, samples=100, precision=one) for one in ("fp32", "bf16"))
+    full, half = (evaluate.evaluate(model, dataset, samples=100, computing=Computing(one)) for one in ("fp32", "bf16"))
     assert full != half
     assert half.train_loss == pytest.approx(full.train_loss, rel=0.05)  # bfloat16 has 8 bits: 0.4 % a rounding
     assert half.test_error == pytest.approx(full.test_error, abs=0.05)

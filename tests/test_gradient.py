@@ -14,7 +14,7 @@ from easgd_local import data, models
 from easgd_local.backend.cpu import CpuOps, vector
 from easgd_local.data import Dataset
 from easgd_local.flat import Flat
-from easgd_local.gradient import Gradient
+from easgd_local.gradient import USUAL, Computing, Gradient
 
 BATCH_SIZE, SEED, RANK, WORKERS = 7, 5, 1, 3
 
@@ -56,10 +56,12 @@ def build(name: str) -> tuple[nn.Module, Dataset]:
     return models.build(name, shape=dataset.input_shape, classes=10), dataset
 
 
-def gradient_of(name: str, *, weight_decay: float = 0.01, precision: str = "fp32", rank: int = RANK) -> Gradient:
+def gradient_of(
+    name: str, *, weight_decay: float = 0.01, rank: int = RANK, computing: Computing = USUAL
+) -> Gradient:
     model, dataset = build(name)
     sampler = data.shard(SEED, rank, WORKERS, BATCH_SIZE, len(dataset.train))
-    return Gradient(model, dataset, sampler, rank=rank, weight_decay=weight_decay, precision=precision)
+    return Gradient(model, dataset, sampler, rank=rank, weight_decay=weight_decay, computing=computing)
 
 
 def start(name: str) -> np.ndarray:
@@ -152,7 +154,7 @@ def test_dropout_differs_from_step_to_step_and_from_worker_to_worker() -> None:
         for parameter in model.parameters():
             nn.init.uniform_(parameter, -0.05, 0.05)
         sampler = data.shard(SEED, rank, WORKERS, BATCH_SIZE, 101)
-        gradient = Gradient(model, still, sampler, rank=rank, weight_decay=0.0, precision="fp32")
+        gradient = Gradient(model, still, sampler, rank=rank, weight_decay=0.0)
         values = gradient.flat.values()
         found.append(bits(gradient, t, values))
     assert len({g for g, _, _ in found}) == 4
@@ -194,7 +196,7 @@ def test_streamed_pictures_give_the_same_bits() -> None:
     model, dataset = build("mlp")
     streamed = replace(dataset, train=Stream(dataset.train.images, dataset.train.labels))
     sampler = data.shard(SEED, RANK, WORKERS, BATCH_SIZE, 101)
-    gradient = Gradient(model, streamed, sampler, rank=RANK, weight_decay=0.01, precision="fp32")
+    gradient = Gradient(model, streamed, sampler, rank=RANK, weight_decay=0.01)
     x = start("mlp")
     assert Stream.opened == 0
     for t, streams in ((3, 1), (4, 1), (5, 1), (4, 2), (9, 3)):
@@ -209,7 +211,7 @@ def test_streamed_pictures_give_the_same_bits() -> None:
 def test_bfloat16_is_close_but_not_the_same(name: str) -> None:
     x = start(name)
     full = np.frombuffer(bits(gradient_of(name), 2, x)[0], np.float32)
-    half = np.frombuffer(bits(gradient_of(name, precision="bf16"), 2, x)[0], np.float32)
+    half = np.frombuffer(bits(gradient_of(name, computing=Computing("bf16")), 2, x)[0], np.float32)
     assert half.dtype == np.float32 and not np.array_equal(full, half)
     # bfloat16 rounds to 8 bits, 2^-8 of a number; some dozen roundings in a row along forward and backward.
     assert np.linalg.norm(half - full) <= 24 * 2**-8 * np.linalg.norm(full)
@@ -217,8 +219,26 @@ def test_bfloat16_is_close_but_not_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cifar7", "norms"])
 def test_bfloat16_is_pure_as_well(name: str) -> None:
-    x, one = start(name), gradient_of(name, precision="bf16")
-    assert [bits(one, t, x) for t in (5, 2, 5)] == [bits(gradient_of(name, precision="bf16"), t, x) for t in (5, 2, 5)]
+    x, one = start(name), gradient_of(name, computing=Computing("bf16"))
+    assert [bits(one, t, x) for t in (5, 2, 5)] == [
+        bits(gradient_of(name, computing=Computing("bf16")), t, x) for t in (5, 2, 5)
+    ]
+
+
+@pytest.mark.parametrize("name", ["cifar7", "norms"])
+def test_the_order_of_elements_in_memory_changes_no_value_but_by_rounding(name: str) -> None:
+    x, last = start(name), gradient_of(name, computing=Computing(channels_last=True))
+    usual, other = (np.frombuffer(bits(one, 2, x)[0], np.float32) for one in (gradient_of(name), last))
+    assert np.linalg.norm(other - usual) <= 1e-5 * np.linalg.norm(usual)
+    assert bits(last, 2, x) == bits(last, 2, x)
+
+
+def test_channels_last_is_an_order_in_memory_and_no_other_shape() -> None:
+    pixels = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
+    usual, last = Computing().inputs(pixels), Computing(channels_last=True).inputs(pixels)
+    assert usual.shape == last.shape == (2, 3, 4, 5)
+    assert torch.equal(usual, last)
+    assert last.is_contiguous(memory_format=torch.channels_last) and not last.is_contiguous()
 
 
 def test_the_weight_decay_is_in_the_gradient_and_not_in_the_loss() -> None:

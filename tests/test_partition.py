@@ -68,7 +68,7 @@ def gradient_of(model: str, *, weight_decay: float = 0.01) -> tuple[Gradient, np
     torch.manual_seed(3)
     net: nn.Module = models.build(model, shape=dataset.input_shape, classes=10)
     sampler = data.shard(0, 0, 1, 8, 64)
-    made = Gradient(net, dataset, sampler, rank=0, weight_decay=weight_decay, precision="fp32")
+    made = Gradient(net, dataset, sampler, rank=0, weight_decay=weight_decay)
     x = vector(made.n)
     x[:] = Flat(net).values()
     return made, x

@@ -100,7 +100,7 @@ class OfProcesses:
         samplers = [data.shard(0, rank, workers, batch_size, len(digits.train)) for rank in range(workers)]
         self._ops = CpuOps()
         self._gradients = [
-            Gradient(network, digits, sampler, rank=rank, weight_decay=weight_decay, precision="fp32")
+            Gradient(network, digits, sampler, rank=rank, weight_decay=weight_decay)
             for rank, (network, sampler) in enumerate(zip(networks, samplers, strict=True))
         ]
         self.n, self.layers = self._gradients[0].n, self._gradients[0].layers

@@ -10,6 +10,7 @@ import numpy as np
 
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.center import Center, Layout
+from easgd_local.gradient import Computing
 from easgd_local.learning_rate import LearningRate
 from easgd_local.partition import partition
 from easgd_local.rules.base import Rule
@@ -80,7 +81,7 @@ def plan_of(
     return TrainingPlan(
         rule=rule, learning_rate=rate, calendar=Calendar(rule.period, steps),
         layout=Layout(workers, n, ("c", *rule.shared, *allotted), block_bytes), model="", shape=(1, 1, 1), classes=1,
-        batch_size=1, sampling="shard", seed=0, weight_decay=0.0, turns=turns, precision="fp32", buffers="average",
+        batch_size=1, sampling="shard", seed=0, weight_decay=0.0, turns=turns, computing=Computing(), buffers="average",
         threads=1, folder=Path(), report_every=10**9, evaluation_samples=1,
     )  # fmt: skip
 

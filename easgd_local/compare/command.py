@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from easgd_local.compare.entries import parse
 from easgd_local.compare.rivals import RIVALS
 from easgd_local.compare.settings import COMMON, POINTS, Comparison, duration
+from easgd_local.compare.tuning import LRS, cost_of, rungs
 from easgd_local.theory.command import number, whole, whole_file
 
 if TYPE_CHECKING:
@@ -53,8 +54,13 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
     add("--seeds", whole, "N", "runs of each entry, with seeds from --seed on (default 3)")
     group.add_argument(
         "--tune", action="store_true", default=argparse.SUPPRESS,
-        help="first find each entry's lr by successive halving, for the cost of 2.25 runs each",
+        help=f"first find each entry's lr by successive halving, for the cost of {cost_of(rungs(LRS)):g} runs each",
     )  # fmt: skip
+    add("--tune-over", str, "NAMES", "tune these: lr, or lr,tau, or lr,tau,beta where an entry has them; tau and beta "
+        f"are tried at a few times less and more, for {cost_of(rungs(3 * LRS)):.2g} and "
+        f"{cost_of(rungs(9 * LRS)):.2g} runs each (default lr)")  # fmt: skip
+    add("--tune-lrs", whole, "N", f"step sizes to try, factors of √10 apart; an odd number (default {LRS})")
+    add("--tune-cost", number, "X", "what each search may cost, in compared runs: its trials get shorter or longer")
     add("--out", str, "FOLDER", "folder of the comparison; one that was interrupted goes on (default "
         "runs/<time>-compare)")  # fmt: skip
     add("--resume", str, "FOLDER", "go on with the comparison in this folder, as it was started")
@@ -63,7 +69,9 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
 def make_comparison(*, entries: Sequence[str], **values: Any) -> Comparison:
     """The comparison that the flags describe; `ValueError` for one that cannot work."""
     common = {name: values.pop(name) for name in COMMON if name in values}
-    budget = values.pop("budget", None)
+    budget, over, tunes = values.pop("budget", None), values.pop("tune_over", None), values.pop("tune", False)
+    if tunes or over is not None or {"tune_lrs", "tune_cost"} & values.keys():
+        values["tune"] = tuple((over or "lr").split(","))
     if budget is not None:
         values["budget_s"] = duration(budget)
     elif common.get("steps") is None and common.get("epochs") is None:
@@ -87,8 +95,7 @@ def execute(*, importing: AbstractContextManager[None] | None = None, **values: 
         from easgd_local.compare.measuring import Interrupted
         from easgd_local.compare.outset import look
     folder = Path(resume or out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-compare")
-    facts = look(comparison)
-    with open_contest(comparison, folder, facts.train_samples) as contest:
+    with open_contest(comparison, folder, look(comparison)) as contest:
         try:
             yield _opening(comparison, folder, len(contest.records))
             try:
@@ -135,7 +142,7 @@ def _write(contest: Contest) -> Iterator[str | RenderableType]:
     with whole_file(folder / "report.md") as part:
         part.write_text(tables.markdown(comparison, found, contest.state), encoding="utf-8")
     common = comparison.template
-    heading = f"{common.model} on {common.data}, p = {comparison.workers}; median and range of {comparison.seeds} seeds"
+    heading = f"{common.model} on {common.data}, p = {common.workers}; median and range of {comparison.seeds} seeds"
     with whole_file(folder / "comparison.png") as part:
         figures.figure(records, comparison.target_error, heading).savefig(part, dpi=110, format="png")
     yield tables.screen(comparison, found)

@@ -1,7 +1,7 @@
 """The runs of a comparison one after another, each recorded as soon as it is over; what is recorded is not run again.
 
 The folder: results.json (settings, paces, records), tune.json (trials), and a folder for each entry with its run
-folders: seed-<k>, pace, and tune-<lr>-<steps>.
+folders: seed-<k>, pace, and tune-<values>-<steps>.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from easgd_local.compare.entries import Entry
 from easgd_local.compare.measuring import Record, measure
 from easgd_local.compare.saved import RESULTS, TRIALS, saved_state, write_json
 from easgd_local.compare.settings import Comparison, changes
+from easgd_local.data import Dataset
 from easgd_local.wording import percent_text, seconds_text
 
 FIRST_PACE_STEPS, PACE_S, TIMED_RUNS = 20, 1.0, 3
@@ -32,9 +33,9 @@ FINAL = ("done", "diverged")  # what failed is run again
 class Contest:
     """A comparison and its folder, from `open_contest`; `run` yields a line for every run that is over."""
 
-    def __init__(self, comparison: Comparison, folder: Path, train_samples: int, state: dict[str, Any]) -> None:
+    def __init__(self, comparison: Comparison, folder: Path, dataset: Dataset, state: dict[str, Any]) -> None:
         self.comparison, self.folder, self.state = comparison, folder, state
-        self._train_samples = train_samples
+        self._dataset = dataset
 
     @property
     def records(self) -> list[Record]:
@@ -57,7 +58,7 @@ class Contest:
 
     def steps(self, entry: Entry) -> int:
         """Of each worker, in a compared run."""
-        fixed = self.comparison.fixed_steps(entry, self._train_samples)
+        fixed = self.comparison.fixed_steps(entry, len(self._dataset.train))
         return self.state["paces"][entry.label]["steps"] if fixed is None else fixed
 
     def finish(self, **found: Any) -> None:
@@ -72,7 +73,8 @@ class Contest:
         if cause is not None:
             known = {"label": entry.label, "seed": seed, "lr": entry.rule.lr, "wanted_steps": None}
             return {**known, "status": "failed", "cause": f"in its timed run: {cause}", "curve": []}
-        return self._run_once(self._tuned(entry), self.steps(entry), seed, f"seed-{seed}")
+        record = self._run_once(self._tuned(entry), self.steps(entry), seed, f"seed-{seed}")
+        return record | {"tuned": self.state["tuned"].get(entry.label, {})}
 
     def _without_pace(self, entry: Entry) -> str | None:
         """Why the timed run of the entry failed, if it did: nobody knows then how many steps to make."""
@@ -84,7 +86,8 @@ class Contest:
         if folder.exists():
             shutil.rmtree(folder)
         config = self.comparison.config(entry, steps=steps, seed=seed, out=str(folder))
-        return measure(entry, replace(config, **changed))
+        fixed = config.data != "synthetic"  # whose pictures are made from the seed
+        return measure(entry, replace(config, **changed), self._dataset if fixed else None)
 
     def _recorded(self, entry: Entry, seed: int) -> Record | None:
         own = (one for one in self.state["records"] if (one["label"], one["seed"]) == (entry.label, seed))
@@ -113,7 +116,7 @@ class Contest:
         """Of timed runs of growing length the last, then two more: the fastest, as a busy machine only slows down."""
         budget_s, steps, rates = self.comparison.budget_s, FIRST_PACE_STEPS, list[float]()
         assert budget_s is not None
-        slow = entry.with_lr(entry.rule.lr / 1000)  # it must not diverge, and takes as long
+        slow = entry.with_values({"lr": entry.rule.lr / 1000})  # it must not diverge, and takes as long
         while len(rates) < TIMED_RUNS:
             record = self._run_once(slow, steps, self.comparison.tuning_seed, "pace", eval_every=0)
             if record["status"] != "done":
@@ -125,35 +128,42 @@ class Contest:
         return {"steps": max(1, round(budget_s * max(rates))), "steps_per_s": max(rates), "timed_steps": steps}
 
     def _tune_all(self) -> Iterator[str]:
-        """Finds each entry's own step size, on a seed that is not compared."""
+        """Finds each entry's own step size and what else is tuned, on a seed that is not compared."""
         for entry in self.comparison.entries:
-            if entry.label not in self.state["lrs"] and self._without_pace(entry) is None:
-                best = tuning.search(entry.rule.lr, self.steps(entry), partial(self._try, entry))
-                self.state["lrs"][entry.label] = best
+            if entry.label not in self.state["tuned"] and self._without_pace(entry) is None:
+                steps = self.steps(entry)
+                given = self.comparison.candidates(entry, steps)
+                best = tuning.search(given, steps, partial(self._try, entry), self.comparison.tune_cost)
+                self.state["tuned"][entry.label] = best
                 self._save()
-                edge = " (the edge of what was tried)" if best in sorted(tuning.grid(entry.rule.lr))[::4] else ""
-                yield f"{entry.label}, tuned: lr = {best:g}{edge}"
+                lrs = [one["lr"] for one in given]
+                edge = " (lr at the edge of what was tried)" if best["lr"] in (min(lrs), max(lrs)) else ""
+                yield f"{entry.label}, tuned: {values_text(best)}{edge}"
 
-    def _try(self, entry: Entry, lr: float, steps: int) -> tuning.Trial:
+    def _try(self, entry: Entry, values: tuning.Values, steps: int) -> tuning.Trial:
         trials = self.state["trials"]
         for one in trials:
-            if (one["label"], one["lr"], one["wanted_steps"]) == (entry.label, lr, steps):
+            if (one["label"], one["values"], one["wanted_steps"]) == (entry.label, values, steps):
                 return dict(one)
-        seed = self.comparison.tuning_seed
-        trial = self._run_once(entry.with_lr(lr), steps, seed, f"tune-{lr:g}-{steps}", eval_every=0)
-        trials.append(trial)
+        name = f"tune-{values_text(values).replace(' ', '')}-{steps}"
+        record = self._run_once(entry.with_values(values), steps, self.comparison.tuning_seed, name, eval_every=0)
+        trials.append(record | {"values": values})
         write_json(self.folder / TRIALS, trials)
-        return trial
+        return trials[-1]
 
     def _tuned(self, entry: Entry) -> Entry:
-        lr = self.state["lrs"].get(entry.label)
-        return entry if lr is None else entry.with_lr(lr)
+        return entry.with_values(self.state["tuned"].get(entry.label, {}))
 
 
 def rotated(entries: tuple[Entry, ...], turn: int) -> tuple[Entry, ...]:
     """The entries in the order of this turn: another one is first each time, so none always finds a warm machine."""
     first = turn % len(entries)
     return entries[first:] + entries[:first]
+
+
+def values_text(values: tuning.Values) -> str:
+    """Such as "lr = 0.1, tau = 4"."""
+    return ", ".join(f"{name} = {value:g}" for name, value in values.items())
 
 
 def told(record: Record) -> str:
@@ -164,7 +174,7 @@ def told(record: Record) -> str:
 
 
 @contextlib.contextmanager
-def open_contest(comparison: Comparison, folder: Path, train_samples: int) -> Iterator[Contest]:
+def open_contest(comparison: Comparison, folder: Path, dataset: Dataset) -> Iterator[Contest]:
     """The contest in this folder, new or gone on with, held against a second process meanwhile.
 
     `ValueError` if the folder holds something else, or a comparison with other settings.
@@ -175,7 +185,7 @@ def open_contest(comparison: Comparison, folder: Path, train_samples: int) -> It
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             held.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            contest = Contest(comparison, folder, train_samples, _state(comparison, folder))
+            contest = Contest(comparison, folder, dataset, _state(comparison, folder))
             contest.finish()
             yield contest
     except BlockingIOError as error:
@@ -193,7 +203,7 @@ def _state(comparison: Comparison, folder: Path) -> dict[str, Any]:
                 f"out={folder}: holds other files ({foreign[0]}), and no comparison to go on with; give another --out."
             )
         fresh = {"settings": settings, "hardware": hardware.describe(), "versions": hardware.versions()}
-        return {**fresh, "paces": {}, "lrs": {}, "trials": [], "records": []}
+        return {**fresh, "paces": {}, "tuned": {}, "trials": [], "records": []}
     saved = saved_state(folder)
     for name, old, new in changes(saved["settings"], settings):
         raise ValueError(

@@ -18,13 +18,14 @@ from easgd_local.rules.base import Rule, plain_type
 class Entry:
     """A rule, or a rival, with its hyperparameters; `label` is as the user wrote it, and unlike all others.
 
-    turns and threads (of each worker) are those of the run where they are given.
+    turns, threads (of each worker) and workers are those of the run where they are given.
     """
 
     label: str
     rule: Rule
     turns: str | None = None
     threads: int | None = None
+    workers: int | None = None
 
     @property
     def is_rival(self) -> bool:
@@ -35,18 +36,19 @@ class Entry:
         """The name of its folder."""
         return self.label.replace(" ", ",")
 
-    def with_lr(self, lr: float) -> Entry:
-        """The same at another step size."""
-        return replace(self, rule=replace(self.rule, lr=lr))
+    def with_values(self, values: dict[str, float]) -> Entry:
+        """The same with other hyperparameters."""
+        return replace(self, rule=replace(self.rule, **values))
 
     def to_json(self) -> dict[str, Any]:
         rule = {"name": self.rule.name} | asdict(self.rule)
-        return {"label": self.label, "rule": rule, "turns": self.turns, "threads": self.threads}
+        own = {name: getattr(self, name) for name in ("turns", "threads", "workers")}
+        return {"label": self.label, "rule": rule} | own
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Entry:
         rule = dict(values["rule"])
-        return cls(values["label"], ENTRANTS[rule.pop("name")](**rule), values["turns"], values["threads"])
+        return cls(**(values | {"rule": ENTRANTS[rule.pop("name")](**rule)}))
 
 
 def parse(texts: Sequence[str]) -> tuple[Entry, ...]:
@@ -74,12 +76,12 @@ def _parse(text: str) -> Entry:
     if len(given) < len(words):
         raise ValueError(f"entry={text!r}: gives a flag twice; give each of them once.")
     label = " ".join([name, *(f"{one}={value}" for one, value in given.items())])
-    turns, threads = given.pop("turns", None), given.pop("threads", None)
+    turns, threads, workers = (given.pop(one, None) for one in ("turns", "threads", "workers"))
     if turns is not None and (turns not in CHOICES["turns"] or issubclass(kind, Rival)):
         allowed = ", ".join(kind.orders)
         raise ValueError(f"turns={turns}: {name} is defined for turns {allowed}; leave turns out for {kind.orders[0]}.")
     values = {one: _value(kind, one, value) for one, value in given.items()}
-    return Entry(label, kind(**values), turns, None if threads is None else _threads(threads))
+    return Entry(label, kind(**values), turns, _count("threads of each worker", threads), _count("workers", workers))
 
 
 def _entrant(name: str) -> type[Rule]:
@@ -90,10 +92,11 @@ def _entrant(name: str) -> type[Rule]:
     raise ValueError(f"entry={name}: the entries are {', '.join(ENTRANTS)}; {hint}")
 
 
-def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"threads={text}: of each worker, must be a whole number of at least 1; try 1.")
-    return int(text)
+def _count(name: str, text: str | None) -> int | None:
+    if text is not None and (not text.isdecimal() or int(text) < 1):
+        what, _, of = name.partition(" ")
+        raise ValueError(f"{what}={text}: {of + ', ' if of else ''}must be a whole number of at least 1; try 1.")
+    return None if text is None else int(text)
 
 
 def _flag(text: str, word: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from easgd_local import metrics
 from easgd_local.compare.entries import Entry
 from easgd_local.compare.rivals import Rival
 from easgd_local.config import Config
+from easgd_local.data import Dataset
 from easgd_local.rules.base import Rule
 
 Record = dict[str, Any]
@@ -27,7 +28,7 @@ class Interrupted(Exception):
     """The user has stopped the run."""
 
 
-def measure(entry: Entry, config: Config) -> Record:
+def measure(entry: Entry, config: Config, dataset: Dataset | None = None) -> Record:
     """Trains, and says how it went; what ends a run is told in the record, but for an interrupt: `Interrupted`."""
     from easgd_local.compare import rival_run
     from easgd_local.training import train
@@ -39,7 +40,7 @@ def measure(entry: Entry, config: Config) -> Record:
         "load": os.getloadavg()[0],
     }  # fmt: skip
     try:
-        summary = rival_run.train(config) if entry.is_rival else train(config)
+        summary = rival_run.train(config, dataset) if entry.is_rival else train(config, dataset=dataset)
     except (ValueError, MemoryError, OSError, RuntimeError) as error:
         cause = f"{type(error).__name__}: {error}"
         return {**known, "status": "failed", "cause": cause, "curve": [], "wall_s": time.perf_counter() - began}

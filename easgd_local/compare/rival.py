@@ -26,7 +26,7 @@ from easgd_local import data, hardware, models
 from easgd_local.compare.rivals import PostLocalSGD, Rival
 from easgd_local.data import Dataset, Sampler
 from easgd_local.evaluate import evaluate
-from easgd_local.gradient import autocast
+from easgd_local.gradient import Computing
 from easgd_local.learning_rate import LearningRate
 from easgd_local.summary import Clock
 
@@ -45,7 +45,7 @@ class RivalPlan:
     sampling: str
     seed: int
     weight_decay: float
-    precision: str
+    computing: Computing
     threads: int
     evaluation_samples: int
     folder: Path
@@ -112,13 +112,13 @@ class RivalProcess:
             rng = data.step_rng(plan.seed, rank, t)
             inputs = data.prepare(images, self._dataset, rng)
             torch.manual_seed(int(rng.integers(2**62)))  # dropout's
-            yield torch.from_numpy(inputs), torch.from_numpy(labels)
+            yield plan.computing.inputs(inputs), torch.from_numpy(labels)
 
     def _step(self, t: int, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = self._plan.learning_rate(t)
         self._optimizer.zero_grad()
-        with autocast(self._plan.precision):
+        with self._plan.computing.context():
             loss = F.cross_entropy(self._model(inputs), targets)
         loss.backward()
         self._optimizer.step()
@@ -131,7 +131,7 @@ class RivalProcess:
         if self._rank == 0:
             with _threads(hardware.cores(), self._plan.threads):
                 scores = evaluate(
-                    averaged, self._dataset, samples=self._plan.evaluation_samples, precision=self._plan.precision
+                    averaged, self._dataset, samples=self._plan.evaluation_samples, computing=self._plan.computing
                 )
             self._post(("center", t, self._clock.seconds, asdict(scores)))
             sound[0] = math.isfinite(scores.train_loss)

@@ -19,6 +19,8 @@ from easgd_local.compare import rival
 from easgd_local.compare.rival import RivalPlan
 from easgd_local.compare.rivals import Rival
 from easgd_local.config import Config
+from easgd_local.data import Dataset
+from easgd_local.gradient import Computing
 from easgd_local.launcher import Launcher, Message
 from easgd_local.metrics import Metrics
 from easgd_local.prepare import load
@@ -28,12 +30,12 @@ from easgd_local.runfolder import claim
 POLL_S = 0.05
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, dataset: Dataset | None = None) -> dict[str, Any]:
     """Runs the rival `config.rule` and returns what its summary.json holds, as `training.train` does for a rule.
 
     When a process dies or the run is interrupted, all of them are ended.
     """
-    dataset = load(config)
+    dataset = dataset or load(config)
     fd, description = data.to_memfd(dataset)
     try:
         plan = _plan(config)
@@ -61,7 +63,8 @@ def _plan(config: Config) -> RivalPlan:
     return RivalPlan(
         rival=config.rule, learning_rate=config.learning_rate(config.steps), workers=config.workers,
         steps=config.steps, evaluate_every=config.eval_every, model=config.model, batch_size=config.batch_size,
-        sampling=config.sampling, seed=config.seed, weight_decay=config.weight_decay, precision=config.precision,
+        sampling=config.sampling, seed=config.seed, weight_decay=config.weight_decay,
+        computing=Computing(config.precision, config.channels_last),
         threads=config.threads or max(1, hardware.cores() // config.workers),
         evaluation_samples=config.eval_samples, folder=Path(),
     )  # fmt: skip

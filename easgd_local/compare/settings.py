@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from easgd_local.compare import tuning
 from easgd_local.compare.entries import Entry
 from easgd_local.config import Config
 from easgd_local.rules.easgd import EASGD
@@ -14,8 +15,8 @@ from easgd_local.rules.easgd import EASGD
 # The flags of `train` that hold for all entries alike.
 COMMON = (
     "workers", "device", "data", "data_dir", "image_size", "memory_budget", "model", "steps", "epochs", "batch_size",
-    "weight_decay", "sampling", "seed", "schedule", "warmup", "lr_step", "lr_decay", "precision", "threads",
-    "eval_every", "eval_samples",
+    "weight_decay", "sampling", "seed", "schedule", "warmup", "lr_step", "lr_decay", "precision", "channels_last",
+    "threads", "eval_every", "eval_samples",
 )  # fmt: skip
 OTHERWISE = {"steps", "eval_every"}  # of these, those whose default is another one than `train`'s
 UNITS_S = {"s": 1, "m": 60, "h": 3600}
@@ -35,7 +36,9 @@ class Comparison:
     budget_s: float | None = None
     target_error: float = 0.1
     seeds: int = 3
-    tune: bool = False
+    tune: tuple[str, ...] = ()
+    tune_lrs: int = tuning.LRS
+    tune_cost: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.entries) < 2:
@@ -47,6 +50,7 @@ class Comparison:
             )
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds}: must be at least 1; 3 show a spread.")
+        self._check_tuning()
         if self.budget_s is not None:
             for name in ("steps", "epochs"):
                 if self.common.get(name) is not None:
@@ -62,10 +66,34 @@ class Comparison:
         for one in self.entries:
             self.config(one, steps=1)
 
+    def _check_tuning(self) -> None:
+        for name in self.tune:
+            if name not in tuning.NAMES:
+                raise ValueError(f"tune_over={name}: must be one of {', '.join(tuning.NAMES)}; choose one of them.")
+        if self.tune and "lr" not in self.tune:
+            raise ValueError(f"tune_over={','.join(self.tune)}: lr must be among them; write lr,{','.join(self.tune)}.")
+        if self.tune_lrs < 1 or self.tune_lrs % 2 == 0:
+            raise ValueError(f"tune_lrs={self.tune_lrs}: as many smaller as larger ones, so an odd number; try 5.")
+        if self.tune_cost is not None and not 0 < self.tune_cost < math.inf:
+            raise ValueError(f"tune_cost={self.tune_cost}: in compared runs, must be positive; try 1.")
+
+    def workers(self, entry: Entry) -> int:
+        """p of an entry."""
+        if entry.workers is not None:
+            return entry.workers
+        return 1 if entry.rule.sequential else self.template.workers or 1
+
     @property
-    def workers(self) -> int:
-        """p, of all entries but the sequential ones."""
-        return self.template.workers or 1
+    def most_workers(self) -> int:
+        """The largest p of all entries."""
+        return max(self.workers(one) for one in self.entries)
+
+    def candidates(self, entry: Entry, steps: int) -> list[tuning.Values]:
+        """The hyperparameters to try, for a compared run of so many steps."""
+        return tuning.candidates(
+            entry.rule, self.tune, lrs=self.tune_lrs, workers=self.workers(entry), steps=steps,
+            cost=self.tune_cost,
+        )  # fmt: skip
 
     @property
     def template(self) -> Config:
@@ -85,12 +113,12 @@ class Comparison:
     def config(self, entry: Entry, *, steps: int, seed: int | None = None, out: str | None = None) -> Config:
         """The configuration of one run."""
         own = self.common | {
-            "workers": 1 if entry.rule.sequential else self.workers,
+            "workers": self.workers(entry),
             "steps": steps, "epochs": None, "turns": entry.turns, "out": out, "on_failure": "stop",
             "seed": self.template.seed if seed is None else seed,
         }  # fmt: skip
         if own.get("threads") is not None and entry.rule.sequential:
-            own["threads"] *= self.workers  # the whole machine for every entry
+            own["threads"] *= self.template.workers  # the whole machine for every entry
         if entry.threads is not None:
             own["threads"] = entry.threads
         if own.get("eval_every") is None:
@@ -99,7 +127,7 @@ class Comparison:
 
     def samples_per_step(self, entry: Entry) -> int:
         """Of all the workers of an entry."""
-        return self.template.batch_size * (1 if entry.rule.sequential else self.workers)
+        return self.template.batch_size * self.workers(entry)
 
     def fixed_steps(self, entry: Entry, train_samples: int) -> int | None:
         """The steps of each worker; None where the budget decides."""
@@ -120,7 +148,8 @@ class Comparison:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Comparison:
-        return cls(**(values | {"entries": tuple(map(Entry.from_json, values["entries"]))}))
+        listed = {"entries": tuple(map(Entry.from_json, values["entries"])), "tune": tuple(values["tune"])}
+        return cls(**(values | listed))
 
 
 def duration(text: str) -> float:

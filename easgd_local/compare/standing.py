@@ -33,6 +33,7 @@ class Standing:
 
     label: str
     lr: float
+    tuned: dict[str, float]
     workers: int | None
     steps: int | None
     statuses: dict[str, int]
@@ -88,7 +89,8 @@ def _standing(runs: Sequence[Record], target: float) -> Standing:
         for name in ("test_error", "seconds", "samples_per_s", "exchange_s", "wait_s", "moved_bytes")
     }
     return Standing(
-        label=runs[0]["label"], lr=runs[0]["lr"], workers=runs[0].get("workers"), steps=runs[0].get("wanted_steps"),
+        label=runs[0]["label"], lr=runs[0]["lr"], tuned=runs[0].get("tuned", {}),
+        workers=runs[0].get("workers"), steps=runs[0].get("wanted_steps"),
         statuses=dict(Counter(one["status"] for one in runs)), reached=len(hits),
         seconds_to_target=spread([one["seconds"] for one in hits]),
         samples_to_target=spread([one["samples"] for one in hits]), **of,

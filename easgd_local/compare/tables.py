@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from easgd_local.compare.measuring import Record
 from easgd_local.compare.settings import Comparison
 from easgd_local.compare.standing import Spread, Standing
-from easgd_local.compare.tuning import COST
+from easgd_local.compare.tuning import BETA_FACTORS, TAU_FACTORS
 from easgd_local.report import table
 from easgd_local.wording import count_text, flattened, seconds_text
 
@@ -32,7 +32,7 @@ def rows(standings: Sequence[Standing]) -> list[list[str]]:
     """A row for each entry."""
     return [
         [
-            one.label, one.status, f"{one.lr:g}", NOTHING if one.workers is None else str(one.workers),
+            one.label, one.status, _values(one), NOTHING if one.workers is None else str(one.workers),
             NOTHING if one.steps is None else f"{one.steps:,}",
             _time(one), _median(one.samples_to_target, count_text), f"{one.reached}/{sum(one.statuses.values())}",
             _error(one.test_error), _median(one.seconds, seconds_text), _median(one.samples_per_s, count_text),
@@ -57,12 +57,18 @@ def notes(comparison: Comparison, standings: Sequence[Standing]) -> list[str]:
     ]
     if comparison.tune:
         found.append(
-            f"lr: each entry's own, by successive halving over factors of √10 around its default, for the cost of "
-            f"{COST:g} compared runs, by the test error on seed {comparison.tuning_seed}, which is not compared. "
-            f"All trials are in tune.json. As there is no third set of samples, errors are a little flattered, all "
-            f"alike."
+            f"{', '.join(comparison.tune)}: each entry's own, by successive halving over {comparison.tune_lrs} step "
+            f"sizes, factors of √10 apart around its default{_also(comparison.tune)}, by the test error on seed "
+            f"{comparison.tuning_seed}, which is not compared. All trials are in tune.json. As there is no third set "
+            f"of samples, errors are a little flattered, all alike."
         )
     return found
+
+
+def _also(names: Sequence[str]) -> str:
+    factors = {"tau": TAU_FACTORS, "beta": BETA_FACTORS}
+    told = [f"{name} times {', '.join(f'{one:.2g}' for one in factors[name])}" for name in names if name in factors]
+    return "".join(f" and {one}" for one in told)
 
 
 def _unequal(budget_s: float | None, standings: Sequence[Standing]) -> list[str]:
@@ -149,6 +155,11 @@ def bytes_text(value: float) -> str:
     """With the unit that leaves one to three digits before the point."""
     unit, size = next(((unit, size) for unit, size in BYTES if value >= size), ("B", 1.0))
     return f"{value / size:.3g} {unit}"
+
+
+def _values(one: Standing) -> str:
+    """The step size, and what else was found by a search."""
+    return ", ".join([f"{one.lr:g}", *(f"{name}={value:g}" for name, value in one.tuned.items() if name != "lr")])
 
 
 def _time(one: Standing) -> str:

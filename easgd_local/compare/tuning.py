@@ -1,39 +1,100 @@
-"""A small search of the step size by successive halving (Jamieson, Talwalkar 2016, arXiv:1502.07943)."""
+"""A small search of the step size, of τ and β, by successive halving (Jamieson, Talwalkar 2016, arXiv:1502.07943)."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
-FACTORS = tuple(10 ** (k / 2) for k in (-2, -1, 0, 1, 2))
-RUNGS = ((5, 0.25), (2, 0.5))  # so many step sizes, each for this share of the steps of a compared run
-COST = sum(count * share for count, share in RUNGS)  # in compared runs
+from easgd_local.rules.base import Rule
+from easgd_local.rules.elastic import BETA, Elastic
+
+NAMES = ("lr", "tau", "beta")
+LRS = 5  # step sizes, unless asked otherwise
+TAU_FACTORS = (1.0, 1 / 4, 4.0)
+BETA_FACTORS = (1.0, 1 / 3, 3.0)
+SHORTEST_EXCHANGES = 2  # of a worker in a trial, below which a τ is not tried
 
 Trial = dict[str, Any]
+Values = dict[str, float]  # hyperparameters
 
 
-def grid(lr: float) -> list[float]:
-    """The step sizes to try around an entry's own, three digits each."""
-    return [float(f"{lr * factor:.3g}") for factor in FACTORS]
+def candidates(
+    rule: Rule, names: Sequence[str], *, lrs: int, workers: int, steps: int, cost: float | None = None
+) -> list[Values]:
+    """What to try around a rule's own values: the product of all `names` (of NAMES) that it has, those that work.
+
+    lrs step sizes, factors of √10 apart; own τ and β, and some times less and more. A τ that leaves the shortest trial
+    without an exchange is not tried, but for the rule's own.
+    """
+    lr = [float(f"{rule.lr * 10 ** (k / 2):.3g}") for k in range(-(lrs // 2), lrs // 2 + 1)]
+    axes: dict[str, list[float]] = {"lr": lr}
+    if "tau" in names and any(one.name == "tau" for one in fields(rule)):
+        axes["tau"] = list(dict.fromkeys(max(1, round(rule.period * factor)) for factor in TAU_FACTORS))
+    if "beta" in names and isinstance(rule, Elastic) and rule.alpha is None and rule.rho is None:
+        own = BETA if rule.beta is None else rule.beta
+        axes["beta"] = [float(f"{own * factor:.3g}") for factor in BETA_FACTORS]
+    found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    found = [one for one in found if _works(rule, one, workers)]
+    shortest = steps * min((share for _, share in rungs(len(found), cost)), default=1.0)
+    longest = max(rule.period, shortest / SHORTEST_EXCHANGES)
+    return [one for one in found if one.get("tau", 1) <= longest]
 
 
-def search(lr: float, steps: int, tried: Callable[[float, int], Trial]) -> float:
-    """The best step size. `tried(lr, steps)` runs a trial or looks it up; each rung keeps the best of the last."""
-    candidates = grid(lr)
-    for count, share in RUNGS:
-        candidates = candidates[:count]
-        candidates = best_first([tried(one, max(1, round(share * steps))) for one in candidates])
-    return candidates[0]
+def _works(rule: Rule, values: Values, workers: int) -> bool:
+    try:
+        changed(rule, values).derived(workers)
+    except ValueError:  # such as α beyond 1
+        return False
+    return True
 
 
-def best_first(trials: Sequence[Trial]) -> list[float]:
-    """The step sizes of the trials by test error, then test loss; those not done come last, smallest first."""
-    return [one["lr"] for one in sorted(trials, key=_rank)]
+def changed(rule: Rule, values: Values) -> Rule:
+    """The rule with other values."""
+    return replace(rule, **values)
+
+
+def rungs(count: int, cost: float | None = None) -> list[tuple[int, float]]:
+    """(how many candidates, for which share of the steps of a compared run): the last two for a half, of five for a
+    quarter, of ten for an eighth and so on; all that there are on the first. With `cost`, in compared runs, all shares
+    are longer or shorter by one factor.
+    """
+    if count < 2:
+        return []
+    found = [(2, 1 / 2)]
+    keep, share = 5, 1 / 4
+    while count > found[0][0]:
+        found.insert(0, (keep, share))
+        keep, share = 2 * keep, share / 2
+    found = [(min(count, keep), share) for keep, share in found]
+    factor = 1.0 if cost is None else cost / cost_of(found)
+    return [(keep, min(1.0, factor * share)) for keep, share in found]
+
+
+def cost_of(found: Sequence[tuple[int, float]]) -> float:
+    """Of these rungs, in compared runs."""
+    return sum(keep * share for keep, share in found)
+
+
+def search(
+    given: Sequence[Values], steps: int, tried: Callable[[Values, int], Trial], cost: float | None = None
+) -> Values:
+    """The best candidate. `tried(values, steps)` runs a trial or looks it up; each rung keeps the best of the last."""
+    for keep, share in rungs(len(given), cost):
+        given = best_first([tried(one, max(1, round(share * steps))) for one in given[:keep]])
+    return given[0]
+
+
+def best_first(trials: Sequence[Trial]) -> list[Values]:
+    """The values of the trials by test error, then test loss; those not done come last, smallest step size first."""
+    return [one["values"] for one in sorted(trials, key=_rank)]
 
 
 def _rank(trial: Trial) -> tuple[float, float, float]:
+    lr = trial["values"]["lr"]
     if trial["status"] != "done":
-        return math.inf, math.inf, trial["lr"]
+        return math.inf, math.inf, lr
     loss = trial["test_loss"]
-    return trial["test_error"], loss if math.isfinite(loss) else math.inf, trial["lr"]
+    return trial["test_error"], loss if math.isfinite(loss) else math.inf, lr
