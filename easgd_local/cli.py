@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("rule", metavar="RULE", help=f"the algorithm: {', '.join(RULES)}")
     _add_rule_flags(train.add_argument_group("the rule"))
     run = train.add_argument_group("the run")
-    _add_config_flags(run)
+    add_config_flags(run)
     run.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
     compare = commands.add_parser(
         "compare", help="does it pay? rules and PyTorch's own ways on this machine", argument_default=argparse.SUPPRESS,
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.add_argument("entries", metavar="ENTRY", nargs="*", default=[], help="what to compare, at least two")
     compare_command.add_flags(compare.add_argument_group("the comparison"))
-    _add_config_flags(compare.add_argument_group("the runs"), [name for name in COMMON if name not in OTHERWISE])
+    add_config_flags(compare.add_argument_group("the runs"), [name for name in COMMON if name not in OTHERWISE])
     theory = commands.add_parser(
         "theory", help="draw the theory: stability and moments", usage="easgd-local theory NAME [--flag VALUE ...]",
         description="Computes what the theory of elastic averaging and ADMM says on a quadratic, and draws it.",
@@ -364,7 +364,7 @@ def _add_rule_flags(group: Any, *, without: str = "") -> None:
         _add_flag(group, name, plain_type(hints[name]), _help(one, defaults))
 
 
-def _add_config_flags(group: Any, names: Sequence[str] = ()) -> None:
+def add_config_flags(group: Any, names: Sequence[str] = ()) -> None:
     """The flags of the run: these, or all."""
     hints = get_type_hints(Config)
     for one in fields(Config):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from easgd_local import data, hardware, models
-from easgd_local.compare.rivals import PostLocalSGD, Rival
+from easgd_local.compare.rivals import DDP, PostLocalSGD, Rival
 from easgd_local.data import Dataset, Sampler
 from easgd_local.evaluate import evaluate
 from easgd_local.gradient import Computing
@@ -153,13 +153,15 @@ class RivalProcess:
 
 
 def optimizer_of(plan: RivalPlan, model: nn.parallel.DistributedDataParallel) -> Any:
-    """torch's SGD; for post-local SGD as torch's documentation wraps it."""
+    """torch's own; for post-local SGD as torch's documentation wraps its SGD."""
     rival = plan.rival
-    sgd = torch.optim.SGD(
-        model.parameters(), lr=rival.lr, momentum=rival.momentum, nesterov=rival.momentum > 0,
-        weight_decay=plan.weight_decay,
-    )  # fmt: skip
-    if not isinstance(rival, PostLocalSGD):
+    assert isinstance(rival, DDP | PostLocalSGD)
+    usual = {"lr": rival.lr, "weight_decay": plan.weight_decay}
+    if isinstance(rival, DDP) and rival.optimizer != "sgd":
+        kind = torch.optim.AdamW if rival.optimizer == "adamw" else torch.optim.Adam
+        return kind(model.parameters(), amsgrad=rival.optimizer == "amsgrad", **usual)
+    sgd = torch.optim.SGD(model.parameters(), momentum=rival.momentum, nesterov=rival.momentum > 0, **usual)
+    if isinstance(rival, DDP):
         return sgd
     from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager

@@ -11,24 +11,17 @@ from typing import ClassVar
 from easgd_local.rules import RULES
 from easgd_local.rules.base import Rule, check_momentum, check_period, hyperparameter
 
+MOMENTUM = 0.9
+OPTIMIZERS = {"sgd": 0.1, "adam": 0.0005, "adamw": 0.0005, "amsgrad": 0.0005}  # with default step sizes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rival(Rule):
-    """A run of torch's: SGD in p processes that meet over gloo. torch.optim.SGD with weight decay λ:
-
-    v <- δv + g,  x <- x - η(g + δv)        Nesterov's form, where δ > 0
-
-    Hyperparameters: lr (η), momentum (δ).
-    """
+    """A run of torch's: p processes that meet over gloo, each with an optimizer of torch's and its weight decay λ."""
 
     orders: ClassVar[tuple[str, ...]] = ("together",)
 
-    lr: float = hyperparameter(0.1, "step size η")
-    momentum: float = hyperparameter(0.9, "momentum coefficient δ of the rules with momentum")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_momentum(self.momentum)
+    lr: float = hyperparameter(None, "step size η")
 
     def meetings(self, steps: int) -> int:
         """How often in so many steps the processes average a vector of n floats."""
@@ -39,10 +32,31 @@ class Rival(Rule):
 class DDP(Rival):
     """torch.nn.parallel.DistributedDataParallel: in every step all processes take the mean of their gradients.
 
-    Equal to one process with batches p times as large. Hyperparameters: lr (η), momentum (δ).
+    Equal to one process with batches p times as large. Optimizers:
+
+        sgd        v <- δv + g,  x <- x - η(g + δv)        torch.optim.SGD, Nesterov's form where δ > 0
+        adam, adamw, amsgrad                               torch.optim.Adam, AdamW, Adam(amsgrad=True)
+
+    Hyperparameters: lr (η; by default 0.1 for sgd, 0.0005 for the others), optimizer, momentum (δ, of sgd).
     """
 
     name: ClassVar[str] = "ddp"
+
+    optimizer: str = hyperparameter("sgd", "ddp: optimizer of each process: sgd, adam, adamw, amsgrad")
+    momentum: float = hyperparameter(MOMENTUM, "momentum coefficient δ of the rules with momentum")
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={self.optimizer}: ddp has {', '.join(OPTIMIZERS)}; choose one of them.")
+        if self.lr is None:
+            object.__setattr__(self, "lr", OPTIMIZERS[self.optimizer])
+        super().__post_init__()
+        check_momentum(self.momentum)
+        if self.optimizer != "sgd" and self.momentum != MOMENTUM:
+            raise ValueError(
+                f"momentum={self.momentum}: belongs to optimizer=sgd, and {self.optimizer} has its own; leave it out, "
+                f"or use optimizer=sgd."
+            )
 
     def meetings(self, steps: int) -> int:
         return steps
@@ -51,18 +65,22 @@ class DDP(Rival):
 @dataclass(frozen=True, kw_only=True)
 class PostLocalSGD(Rival):
     """torch's PostLocalSGDOptimizer (Lin et al. 2018, arXiv:1808.07217): the first `ddp_steps` steps as `ddp`, then
-    local steps, after every τ of which, the first included, the processes take the mean of their parameters.
+    local steps of SGD with momentum, after every τ of which, the first included, the processes take the mean of their
+    parameters.
 
     Hyperparameters: lr (η), momentum (δ), tau (τ), ddp_steps.
     """
 
     name: ClassVar[str] = "post-local-sgd"
 
+    lr: float = hyperparameter(OPTIMIZERS["sgd"], "step size η")
+    momentum: float = hyperparameter(MOMENTUM, "momentum coefficient δ of the rules with momentum")
     tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
     ddp_steps: int = hyperparameter(100, "post-local-sgd: steps as ddp, before the local ones")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_momentum(self.momentum)
         check_period(self.tau)
         if self.ddp_steps < 0:
             raise ValueError(f"ddp_steps={self.ddp_steps}: must be at least 0; 0 makes local steps from the start.")

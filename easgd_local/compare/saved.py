@@ -31,13 +31,14 @@ def saved_state(folder: Path) -> dict[str, Any]:
 def write_json(path: Path, values: Any) -> None:
     """The file, whole or as it was; numbers that are not finite become null, and their names are listed beside them."""
     with whole_file(path) as part:
-        part.write_text(json.dumps(_finite(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(finite(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _finite(values: Any) -> Any:
+def finite(values: Any) -> Any:
+    """What JSON can hold: numbers that are not finite become null, and their names are listed beside them."""
     if isinstance(values, dict):
-        return metrics.finite({name: _finite(value) for name, value in values.items()})
-    return [_finite(one) for one in values] if isinstance(values, list | tuple) else values
+        return metrics.finite({name: finite(value) for name, value in values.items()})
+    return [finite(one) for one in values] if isinstance(values, list | tuple) else values
 
 
 def restored(values: Any) -> Any:

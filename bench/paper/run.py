@@ -1,0 +1,121 @@
+"""Runs an experiment of the papers at the scale that the machine allows, and keeps a row for every run.
+
+    python bench/paper/run.py cifar-tau --scale 0.04 --data imagefolder --data-dir ~/cifar10-images
+    python bench/paper/run.py --list
+
+An interrupted one goes on when it is started again with the same --out. Rows go to bench/results/paper/NAME.jsonl;
+`draw.py` draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness, which all benches share
+
+from experiments import EXPERIMENTS, Experiment
+from harness import RESULTS, Row, about
+
+from easgd_local.cli import add_config_flags
+from easgd_local.compare.contest import Contest, open_contest
+from easgd_local.compare.measuring import Interrupted
+from easgd_local.compare.outset import look
+from easgd_local.compare.saved import finite
+from easgd_local.compare.settings import COMMON
+from easgd_local.data import Dataset, MemorySplit, Split
+from easgd_local.evaluate import evenly_spaced
+from easgd_local.launcher import warm_up
+
+ROWS = RESULTS / "paper"
+FLAGS = [name for name in COMMON if name not in ("steps", "epochs")]  # which the scale decides
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description="Runs an experiment of the papers at the scale that the machine allows.")
+    made.add_argument("name", nargs="?", choices=list(EXPERIMENTS), metavar="NAME", help=f"{', '.join(EXPERIMENTS)}")
+    made.add_argument("--list", action="store_true", help="say what each of them is, and stop")
+    made.add_argument("--scale", type=float, default=1.0, help="fraction of the full length (default 1)")
+    made.add_argument("--data-scale", type=float, default=1.0, help="fraction of the pictures (default 1)")
+    made.add_argument("--seeds", type=int, default=3, help="runs of each entry (default 3)")
+    made.add_argument("--tune-cost", type=float, help="what a search of the step size may cost, in runs; 0 for none")
+    made.add_argument("--out", type=Path, help="folder of the runs (default runs/paper/NAME-SCALE)")
+    made.add_argument("--rows", type=Path, default=ROWS, help="folder of the rows (default bench/results/paper)")
+    made.argument_default = argparse.SUPPRESS
+    add_config_flags(made.add_argument_group("as in easgd-local train"), FLAGS)
+    return made
+
+
+def main() -> None:
+    given = parser().parse_args()
+    if given.list or given.name is None:
+        print("\n".join(f"{one.name:<12} {len(one.entries):>3} entries  {one.source}" for one in EXPERIMENTS.values()))
+        return
+    experiment = EXPERIMENTS[given.name]
+    flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
+    if given.tune_cost is not None:
+        flags |= {"tune_cost": given.tune_cost} if given.tune_cost else {"tune": ()}
+    try:
+        run(experiment, given, flags)
+    except ValueError as error:
+        raise SystemExit(f"run.py: error: {error}") from None
+    except (KeyboardInterrupt, Interrupted):
+        raise SystemExit("run.py: interrupted; the same command goes on.") from None
+
+
+def run(experiment: Experiment, given: argparse.Namespace, flags: dict[str, Any]) -> None:
+    comparison = experiment.comparison(scale=given.scale, seeds=given.seeds, **flags)
+    folder = given.out or Path("runs", "paper", f"{experiment.name}-{given.scale:g}")
+    common = about("paper") | {
+        "experiment": experiment.name, "scale": given.scale, "data_scale": given.data_scale,
+        "settings": {name: value for name, value in comparison.to_json()["common"].items() if name != "data_dir"},
+    }  # fmt: skip
+    warm_up("easgd_local.preload_loop")
+    dataset = part(look(comparison), given.data_scale)
+    with open_contest(comparison, folder, dataset) as contest:
+        written = {"records": len(contest.state["records"]), "trials": len(contest.state["trials"])}
+        try:
+            for line in contest.run():
+                print(line, flush=True)
+                write(contest, written, given.rows, common)
+        finally:
+            write(contest, written, given.rows, common)
+
+
+def write(contest: Contest, written: dict[str, int], folder: Path, common: Row) -> None:
+    """Appends the rows of what has been recorded since the last time; those of trials are without their curve."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{common['experiment']}.jsonl", "a", encoding="utf-8") as file:
+        for kind, count in written.items():
+            new = contest.state[kind][count:]
+            written[kind] += len(new)
+            file.writelines(json.dumps(finite(row(one, kind, common)), allow_nan=False) + "\n" for one in new)
+
+
+def row(record: Row, kind: str, common: Row) -> Row:
+    name = f"{common['experiment']}: {record['label']}, seed {record['seed']}"
+    trial = kind == "trials"
+    left_out = ("curve", "warnings") if trial else ("warnings",)
+    own = {name: value for name, value in record.items() if name not in left_out}
+    return {"entry": f"{name}, trial lr={record['lr']:g}" if trial else name, "trial": trial, **common, **own}
+
+
+def part(dataset: Dataset, scale: float) -> Dataset:
+    """So large a fraction of the training and of the test pictures, evenly spaced."""
+    if not 0 < scale <= 1:
+        raise ValueError(f"data_scale={scale}: the fraction of the pictures must lie in (0, 1]; try 0.1.")
+    return dataset if scale == 1 else dataclasses.replace(
+        dataset, train=_part(dataset.train, scale), test=_part(dataset.test, scale)
+    )  # fmt: skip
+
+
+def _part(split: Split, scale: float) -> MemorySplit:
+    return MemorySplit(*split.read(evenly_spaced(len(split), max(1, round(scale * len(split))))))
+
+
+if __name__ == "__main__":
+    main()
