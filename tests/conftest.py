@@ -22,7 +22,8 @@ from easgd_local.training import train
 # clock.
 GROUPS = {
     "alone": {"bench", "cli", "doctor", "driver", "failures", "run", "stream_turns"},
-    "loops": {"compare", "compare_runs", "examples", "joining", "launching", "simulate_rules", "theory_trainer"},
+    "loops": {"compare", "compare_runs", "examples", "joining", "launching", "paper", "simulate_rules",
+              "theory_trainer"},
 }
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 

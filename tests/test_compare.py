@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from easgd_local import cli, data
+from easgd_local import cli, data, hardware
 from easgd_local.compare import contest, tuning
 from easgd_local.compare.command import make_comparison
 from easgd_local.compare.contest import open_contest, rotated
@@ -150,6 +150,15 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 ])  # fmt: skip
 def test_a_mistake_is_refused_with_one_sentence(refused: Callable[..., str], words: list[str], sentence: str) -> None:
     assert re.search(sentence, refused(*words))
+
+
+def test_two_processes_of_nccl_on_one_gpu_are_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "gpus", lambda: ["a GPU"])
+    said = refused("msgd", "ddp", "--workers", "2", "--device", "cuda")
+    assert said.startswith("workers=2: ddp on 1 GPU: NCCL takes one process per GPU; use at most 1,")
+    assert refused("msgd", "ddp workers=1", "--device", "cuda").startswith("device=cuda: this version compares on CPUs")
 
 
 # The order of runs, with runs that are made up

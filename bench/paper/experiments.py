@@ -28,6 +28,11 @@ class Panel:
     title: str
     entries: tuple[str, ...]
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The entries' names in records."""
+        return tuple(one.label for one in parse(self.entries))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -44,12 +49,18 @@ class Experiment:
     target_error: float = 0.4
     tune: tuple[str, ...] = ()
     against: str = "t"  # what the curves are drawn against: worker steps t, or samples
+    told: tuple[str, ...] = ()  # hyperparameters that a legend names
     epochs: float | None = None  # instead of steps, so that entries of unlike p see as many samples
 
     @property
     def entries(self) -> tuple[str, ...]:
         """Of all panels, each once."""
         return tuple(dict.fromkeys(entry for panel in self.panels for entry in panel.entries))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The entries' names in records."""
+        return tuple(one.label for one in parse(self.entries))
 
     def comparison(self, *, scale: float, seeds: int, **flags: Any) -> Comparison:
         """At this fraction of the steps; `flags` are those of `compare`, and beat the experiment's own."""
@@ -118,7 +129,7 @@ EXPERIMENTS = {
         ),
         Experiment(
             name="apam", source="APAM: accuracy and speed by the number of workers, against synchronous AMSGrad",
-            steps=0, epochs=100, against="samples",
+            steps=0, epochs=100, against="samples", told=("workers",),
             panels=(
                 Panel(title="APAM", entries=tuple(f"apam workers={p} lr=0.0005" for p in (1, 2, 5, 10, 20))),
                 Panel(
@@ -130,6 +141,7 @@ EXPERIMENTS = {
         ),
         Experiment(
             name="apam-delay", source="APAM: gradients taken D steps back", steps=0, epochs=100, against="samples",
+            told=("delay",),
             panels=(
                 Panel(
                     title="D steps of each worker back",

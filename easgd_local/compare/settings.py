@@ -7,9 +7,10 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from easgd_local import hardware
 from easgd_local.compare import tuning
 from easgd_local.compare.entries import Entry
-from easgd_local.config import Config
+from easgd_local.config import WORKERS, Config
 from easgd_local.rules.easgd import EASGD
 
 # The flags of `train` that hold for all entries alike.
@@ -59,7 +60,7 @@ class Comparison:
                         f"give one."
                     )
         if self.common.get("device") == "cuda":
-            raise ValueError("device=cuda: this version compares on CPUs only, and so over gloo; use --device cpu.")
+            self._refuse_cuda()
         template = Config(rule=EASGD(), **self.common)
         if template.seed + self.seeds >= 2**63:
             raise ValueError(f"seed={template.seed}: must be below 2^63 - seeds; choose a smaller one.")
@@ -76,6 +77,17 @@ class Comparison:
             raise ValueError(f"tune_lrs={self.tune_lrs}: as many smaller as larger ones, so an odd number; try 5.")
         if self.tune_cost is not None and not 0 < self.tune_cost < math.inf:
             raise ValueError(f"tune_cost={self.tune_cost}: in compared runs, must be positive; try 1.")
+
+    def _refuse_cuda(self) -> None:
+        gpus = len(hardware.gpus())
+        for one in self.entries:
+            p = one.workers or self.common.get("workers") or WORKERS
+            if one.is_rival and 0 < gpus < p:
+                raise ValueError(
+                    f"workers={p}: {one.label} on {gpus} {'GPU' if gpus == 1 else 'GPUs'}: NCCL takes one process per "
+                    f"GPU; use at most {gpus}, or --device cpu."
+                )
+        raise ValueError("device=cuda: this version compares on CPUs only, and so over gloo; use --device cpu.")
 
     def workers(self, entry: Entry) -> int:
         """p of an entry."""
