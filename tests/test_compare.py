@@ -7,10 +7,12 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from easgd_local import cli, data, hardware
 from easgd_local.compare import contest, tuning
@@ -19,6 +21,7 @@ from easgd_local.compare.contest import open_contest, rotated
 from easgd_local.compare.entries import Entry, parse
 from easgd_local.compare.figures import figure
 from easgd_local.compare.measuring import Interrupted, moved_bytes
+from easgd_local.compare.rival import optimizer_of
 from easgd_local.compare.rivals import DDP, PostLocalSGD
 from easgd_local.compare.saved import restored, write_json
 from easgd_local.compare.settings import Comparison, duration
@@ -82,6 +85,22 @@ def test_a_budget_is_a_time_with_its_unit(text: str, seconds: float) -> None:
     assert duration(text) == seconds
 
 
+@pytest.mark.parametrize("text, kind, lr, changed", [
+    ("ddp", "SGD", 0.1, {"momentum": 0.9, "nesterov": True}), ("ddp momentum=0", "SGD", 0.1, {"nesterov": False}),
+    ("ddp optimizer=adam", "Adam", 0.0005, {"amsgrad": False}),
+    ("ddp optimizer=amsgrad lr=0.01", "Adam", 0.01, {"amsgrad": True}),
+    ("ddp optimizer=adamw", "AdamW", 0.0005, {"amsgrad": False}),
+])  # fmt: skip
+def test_the_optimizer_of_ddp_is_the_one_of_torch_that_is_named(
+    text: str, kind: str, lr: float, changed: dict[str, Any]
+) -> None:
+    plan: Any = SimpleNamespace(rival=parse([text])[0].rule, weight_decay=0.25)
+    model: Any = torch.nn.Linear(2, 2)
+    made = optimizer_of(plan, model)
+    assert type(made).__name__ == kind
+    assert {"lr": lr, "weight_decay": 0.25, **changed}.items() <= made.param_groups[0].items()
+
+
 # Mistakes
 
 
@@ -112,7 +131,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (["msgd", "dpp"], r"entry=dpp: the entries are .*ddp, post-local-sgd; did you mean ddp\?"),
     (["msgd", ""], "entry=: the entries are"),
     (["msgd", "ddp 'lr=1"], "cannot be read .* write it like 'eamsgd tau=16 lr=0.01'"),
-    (["msgd", "ddp tau=3"], "tau=3: ddp has no tau, only lr, momentum; leave it out, or use .*post-local-sgd"),
+    (["msgd", "ddp tau=3"], "tau=3: ddp has no tau, only lr, optimizer, momentum; .*, or use .*post-local-sgd"),
     (["msgd", "ddp turns=free"], "turns=free: ddp is defined for turns together"),
     (["msgd", "easgd turns=fre"], "turns=fre: easgd is defined for turns strict, free, none"),
     (["msgd", "easgd turns=together"], "turns=together: the rule easgd is defined for"),
@@ -123,6 +142,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (["msgd", "easgd lr=1 lr=2"], "gives a flag twice"),
     (["msgd", "easgd tau=0"], "tau=0: "),
     (["msgd", "ddp momentum=1"], "momentum=1.0: "),
+    (["msgd", "ddp optimizer=adma"], "optimizer=adma: ddp has sgd, adam, adamw, amsgrad"),
+    (["msgd", "ddp optimizer=adam momentum=0.5"], "momentum=0.5: belongs to optimizer=sgd"),
     (["msgd", "post-local-sgd ddp_steps=-1"], "ddp_steps=-1: must be at least 0"),
     (["msgd", "ddp", "--target-error", "1"], r"target_error=1.0: .* must lie in \(0, 1\)"),
     (["msgd", "ddp", "--target-error", "nan"], "target_error=nan: "),
