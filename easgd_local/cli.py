@@ -25,6 +25,7 @@ from easgd_local.rules import RULES, rule_class
 from easgd_local.rules.base import Rule, plain_type
 from easgd_local.simulate import command as simulate_command
 from easgd_local.theory import command as theory_command
+from easgd_local.workloads import tuned
 
 if TYPE_CHECKING:
     from easgd_local.prepare import Prepared
@@ -233,9 +234,14 @@ def _prepare(arguments: dict[str, Any]) -> Prepared:
 
 
 def make_config(arguments: dict[str, Any]) -> Config:
-    """The configuration that the given flags describe; `ValueError` for a flag that the rule does not have."""
+    """The configuration that the given flags describe; `ValueError` for a flag that the rule does not have.
+
+    Where the model is one that has been tuned, its hyperparameters are the defaults.
+    """
     rule, hyperparameters = _hyperparameters(arguments)
-    return Config(rule=rule(**hyperparameters), **_rest(arguments))
+    rest = _rest(arguments)
+    usual = tuned(rest.get("model", ""), rule.name, hyperparameters)
+    return Config(rule=rule(**(usual | hyperparameters)), **rest)
 
 
 def _hyperparameters(arguments: dict[str, Any]) -> tuple[type[Rule], dict[str, Any]]:

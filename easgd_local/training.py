@@ -54,7 +54,8 @@ class Training(Run):
 
     def _described(self) -> dict[str, Any]:
         config = self._prepared.config
-        return {"model": config.model, "data": config.data, "steps": self._calendar.steps}
+        rates = {"lr": config.rule.lr, "momentum": getattr(config.rule, "momentum", None)}
+        return {"model": config.model, "data": config.data, "steps": self._calendar.steps, **rates}
 
     def _start_worker(self, rank: int, start: Start) -> None:
         plan = self._prepared.plan

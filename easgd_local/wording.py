@@ -44,11 +44,14 @@ def clock_text(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+NAMED = ("rule", "model", "data", "workers", "tau", "lr", "momentum")
+
+
 def title(facts: dict[str, Any]) -> str:
-    """The run in one line: rule, model, data, p, τ; what is not known is left out."""
+    """The run in one line: rule, model, data, p, τ, η, δ; what is not known is left out."""
     work = " on ".join(str(facts[name]) for name in ("model", "data") if facts.get(name) is not None)
-    named = (("p", "workers"), ("τ", "tau"))
-    letters = [f"{letter} = {facts[name]}" for letter, name in named if facts.get(name) is not None]
+    named = (("p", "workers"), ("τ", "tau"), ("η", "lr"), ("δ", "momentum"))
+    letters = [f"{letter} = {facts[name]:g}" for letter, name in named if facts.get(name) is not None]
     return ",  ".join(part for part in (str(facts.get("rule") or "run"), work, *letters) if part)
 
 
@@ -141,7 +144,7 @@ def is_nan(value: Any) -> bool:
 def facts_of(config: dict[str, Any], summary: dict[str, Any], events: Sequence[Event]) -> dict[str, Any]:
     """What is known of the run; the summary's word counts most. A run cut short has its last center for a result."""
     flags = {name.split(".")[-1]: value for name, value in flattened(config.get("config") or {}) if value is not None}
-    named: dict[str, Any] = {name: flags[name] for name in ("rule", "model", "data", "workers", "tau") if name in flags}
+    named: dict[str, Any] = {name: flags[name] for name in NAMED if name in flags}
     started = [e for e in events if e["kind"] == "start"][-1:]
     measured = ("train_loss", "test_loss", "test_error", "seconds", "evaluate_s")
     centers = [{name: e.get(name) for name in measured} for e in events if e["kind"] == "center"][-1:]

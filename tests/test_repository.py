@@ -44,7 +44,7 @@ LAYERS = (
     ("metrics", "view", "report", "curves", "wording", "tensorboard", "checkpoint", "data.*", "models", "theory.*"),
     ("overhead",),
     ("rules.*",),
-    ("optimizers",),
+    ("optimizers", "workloads"),
     ("turns", "center"),
     ("flat",),
     ("backend.*",),

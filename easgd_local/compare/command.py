@@ -76,7 +76,7 @@ def make_comparison(*, entries: Sequence[str], **values: Any) -> Comparison:
         values["budget_s"] = duration(budget)
     elif common.get("steps") is None and common.get("epochs") is None:
         common["steps"] = DEFAULT_STEPS
-    return Comparison(entries=parse(entries), common=common, **values)
+    return Comparison(entries=parse(entries, common.get("model", "")), common=common, **values)
 
 
 def execute(*, importing: AbstractContextManager[None] | None = None, **values: Any) -> Iterator[str | RenderableType]:

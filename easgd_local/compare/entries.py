@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from easgd_local.compare.rivals import ENTRANTS, Rival
 from easgd_local.config import CHOICES
 from easgd_local.rules.base import Rule, plain_type
+from easgd_local.workloads import tuned
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ class Entry:
         return cls(**(values | {"rule": ENTRANTS[rule.pop("name")](**rule)}))
 
 
-def parse(texts: Sequence[str]) -> tuple[Entry, ...]:
+def parse(texts: Sequence[str], model: str = "") -> tuple[Entry, ...]:
     """The entries that these words describe, such as "eamsgd tau=16 lr=0.01"; `ValueError` for one that is none.
 
-    Equal ones are told apart by a number: "easgd", "easgd 2".
+    Equal ones are told apart by a number: "easgd", "easgd 2". Where `model` is one that has been tuned, its
+    hyperparameters are the defaults.
     """
-    found = [_parse(text) for text in texts]
+    found = [_parse(text, model) for text in texts]
     seen: Counter[str] = Counter()
     entries = []
     for one in found:
@@ -66,7 +68,7 @@ def parse(texts: Sequence[str]) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def _parse(text: str) -> Entry:
+def _parse(text: str, model: str) -> Entry:
     try:
         name, *words = shlex.split(text) or [""]
     except ValueError as error:
@@ -80,7 +82,7 @@ def _parse(text: str) -> Entry:
     if turns is not None and (turns not in CHOICES["turns"] or issubclass(kind, Rival)):
         allowed = ", ".join(kind.orders)
         raise ValueError(f"turns={turns}: {name} is defined for turns {allowed}; leave turns out for {kind.orders[0]}.")
-    values = {one: _value(kind, one, value) for one, value in given.items()}
+    values = tuned(model, name, given) | {one: _value(kind, one, value) for one, value in given.items()}
     return Entry(label, kind(**values), turns, _count("threads of each worker", threads), _count("workers", workers))
 
 

@@ -1,0 +1,19 @@
+"""Hyperparameters for networks that have been tuned. The rules' own defaults are for the perceptron on the digits.
+
+Found by python bench/paper/run.py cifar-tau --scale 0.032 --batch-size 32 --tune-cost 1.3, with four workers: the
+trials are in bench/results/paper/cifar-tau.jsonl, and docs/results.md shows what became of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+WORKLOADS: dict[str, dict[str, dict[str, float]]] = {
+    "cifar7": {},
+}
+TOGETHER = ("lr", "momentum")  # tuned as one: a user who gives one of them gets the rule's default for the other
+
+
+def tuned(model: str, rule: str, given: Collection[str] = ()) -> dict[str, float]:
+    """What `rule` takes on `model` unless told otherwise; nothing where one of TOGETHER is given, or none was tuned."""
+    return {} if set(TOGETHER) & set(given) else dict(WORKLOADS.get(model, {}).get(rule, {}))
