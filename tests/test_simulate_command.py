@@ -255,6 +255,7 @@ def test_the_network_learns_the_digits() -> None:
     ("easgd --spread 9", "spread=9: beyond 3 a few steps take nearly all the time; try 0.2."),
     ("easgd --straggler 0", "straggler=0: must be positive and finite; the default is 1."),
     ("easgd --speeds 1,0", "speeds=0.0: each must be positive and finite; 1 is usual."),
+    ("easgd --workers 2,3 --speeds 1,1,2,2", "speeds: 4 are given for 3 workers; give at most one for each of them."),
     ("easgd --worker 4", "--worker: there is no such flag, did you mean --workers; see easgd-local simulate --help."),
 ])  # fmt: skip
 def test_mistakes_are_told_in_one_sentence(line: str, sentence: str, here: Path, capsys: pytest.CaptureFixture) -> None:

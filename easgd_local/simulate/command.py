@@ -90,6 +90,10 @@ def _execute(rules: Sequence[str], folder: Path, values: dict[str, Any]) -> Iter
     made = study.make_rules(rules, values, tau)
     sweeps = len(set(workers)) > 1 or len(set(tau)) > 1
     scenarios = study.plan(made, workers, problem, stops=sweeps, **settings)
+    if len(machine.speeds) > max(workers):
+        raise ValueError(
+            f"speeds: {len(machine.speeds)} are given for {max(workers)} workers; give at most one for each of them."
+        )
     factors = _checked(factors or (study.FACTORS if sweeps else [1.0]))
     _try_to_write(folder)
     found, target = [], settings["target"]
