@@ -45,15 +45,10 @@ def candidates(
 
 def _works(rule: Rule, values: Values, workers: int) -> bool:
     try:
-        changed(rule, values).derived(workers)
+        replace(rule, **values).derived(workers)
     except ValueError:  # such as α beyond 1
         return False
     return True
-
-
-def changed(rule: Rule, values: Values) -> Rule:
-    """The rule with other values."""
-    return replace(rule, **values)
 
 
 def rungs(count: int, cost: float | None = None) -> list[tuple[int, float]]:
