@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from easgd_local.rules.base import ExchangeView, Rule, WorkerView, check_average, check_period, hyperparameter
+from easgd_local.rules.base import ExchangeView, WorkerView, check_average, hyperparameter
+from easgd_local.rules.periodic import Periodic
 
 
 @dataclass(frozen=True, kw_only=True)
-class Downpour(Rule):
+class Downpour(Periodic):
     """DOWNPOUR: Dean et al. 2012, in the form of Zhang et al. 2015 (arXiv:1412.6651).
 
         c <- c + v,  x <- c,  v <- 0            every τ steps
@@ -31,28 +32,12 @@ class Downpour(Rule):
     lr: float = hyperparameter(0.1, "step size η")
     tau: int = hyperparameter(1, "communication period τ, in steps of the worker's clock")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_period(self.tau)
-
-    @property
-    def period(self) -> int:
-        return self.tau
-
-    @property
-    def attachable(self) -> bool:
-        return True
-
     def step(self, w: WorkerView) -> None:
         if self.due(w.t):
             for b in w.turns():
                 self.exchange(w, b)
         g = w.grad()
         w.ops.accumulate(w.x, w.v, g, w.lr)  # x <- x - ηg;  v <- v - ηg
-
-    def due(self, t: int) -> bool:
-        """Whether τ divides t."""
-        return t % self.tau == 0
 
     def meet(self, w: ExchangeView) -> None:
         """Every τ steps: the exchange, with v, the sum of the steps, as x less y, what x was after the last one."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from easgd_local.rules.base import ExchangeView, Rule, check_period, hyperparameter
+from easgd_local.rules.base import ExchangeView, hyperparameter
+from easgd_local.rules.periodic import Periodic
 
 if TYPE_CHECKING:
     from easgd_local.backend.cpu import Vector
@@ -23,7 +24,7 @@ def _known(curvature: float | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elastic(Rule):
+class Elastic(Periodic):
     """Hyperparameters of elastic averaging: τ, and one of α, β, ρ.
 
     α = β/p, β = 0.9 by default, is what the authors' code does (Zhang et al. 2015, arXiv:1412.6651); `beta_per="step"`
@@ -33,7 +34,6 @@ class Elastic(Rule):
     orders: ClassVar[tuple[str, ...]] = ("strict", "free", "none")
     over_scratch: ClassVar[tuple[str, ...]] = ("d",)
 
-    tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
     alpha: float | None = hyperparameter(None, "moving rate α; default β/p")
     beta: float | None = hyperparameter(
         None, f"β = pα; the default {BETA} holds when none of alpha, beta, rho is given"
@@ -43,7 +43,6 @@ class Elastic(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_period(self.tau)
         given = {name: value for name in ("alpha", "beta", "rho") if (value := getattr(self, name)) is not None}
         if len(given) > 1:
             names = " and ".join(f"{name}={value}" for name, value in given.items())
@@ -61,18 +60,6 @@ class Elastic(Rule):
             raise ValueError(
                 "beta_per=step: says how α follows from β, but alpha or rho fixes α already; give beta instead of them."
             )
-
-    @property
-    def period(self) -> int:
-        return self.tau
-
-    @property
-    def attachable(self) -> bool:
-        return True
-
-    def due(self, t: int) -> bool:
-        """Whether τ divides t."""
-        return t % self.tau == 0
 
     def meet(self, w: ExchangeView) -> Vector | None:
         """Every τ steps: d <- α(x - c), c <- c + d."""

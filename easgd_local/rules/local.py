@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from easgd_local.optimizers import OPTIMIZERS
-from easgd_local.rules.base import Rule, WorkerView, check_momentum, check_period, hyperparameter
+from easgd_local.rules.base import WorkerView, check_momentum, hyperparameter
+from easgd_local.rules.periodic import Periodic
 
 MOMENTUM = 0.9
 OURS = {"sgd": (), "msgd": ("v",)}
@@ -20,14 +21,13 @@ INNER_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local(Rule):
+class Local(Periodic):
     """A local optimizer, and a rendezvous every τ steps."""
 
     orders: ClassVar[tuple[str, ...]] = ("together",)
     over_scratch: ClassVar[tuple[str, ...]] = ("d",)
 
     lr: float = hyperparameter(None, "step size η")
-    tau: int = hyperparameter(10, "communication period τ, in steps of the worker's clock")
     inner: str = hyperparameter("sgd", INNER_HELP)
     momentum: float = hyperparameter(MOMENTUM, "momentum coefficient δ of the rules with momentum")
 
@@ -37,7 +37,6 @@ class Local(Rule):
         if self.lr is None:
             object.__setattr__(self, "lr", RATES[self.inner])
         super().__post_init__()
-        check_period(self.tau)
         check_momentum(self.momentum)
         if self.inner != "msgd" and self.momentum != MOMENTUM:
             raise ValueError(
@@ -60,18 +59,6 @@ class Local(Rule):
     @property
     def decoupled(self) -> bool:
         return self.inner == "adamw"
-
-    @property
-    def period(self) -> int:
-        return self.tau
-
-    @property
-    def attachable(self) -> bool:
-        return True
-
-    def due(self, t: int) -> bool:
-        """Whether τ divides t."""
-        return t % self.tau == 0
 
     def move(self, w: WorkerView) -> None:
         """One step of the local optimizer."""
