@@ -26,7 +26,7 @@ DESCRIPTION = (
     "Trains the same model on the same data from the same start with every ENTRY, one after another, each with the "
     "whole machine, and says how soon it reached which test error. An ENTRY is a rule or one of "
     f"{', '.join(RIVALS)} (PyTorch's own), with its flags in one word: 'eamsgd tau=16 lr=0.01'; beside the rule's "
-    "it may have turns and threads. Equal for all is what fixes the length: --steps (of each worker), --epochs "
+    "it may have turns, threads and workers. Equal for all is what fixes the length: --steps (of each worker), --epochs "
     "(samples of all workers together) or --budget (seconds)."
 )
 DEFAULT_STEPS = 500
