@@ -72,10 +72,12 @@ def command(experiment: Experiment, runs: Runs) -> str:
         if name in ("steps", "epochs") or value == own or (own is None and value in USUAL[name]):
             continue
         flags.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
-    seeds = len({one["seed"] for one in runs.compared})
+    search = about["search"]
+    if search["tune_cost"] is not None or bool(search["tune"]) != bool(experiment.tune):
+        flags.append(f"--tune-cost {search['tune_cost'] or 0:g}")
     scale = f" --data-scale {about['data_scale']:g}" if about["data_scale"] != 1 else ""
-    words = [f"python bench/paper/run.py {experiment.name} --scale {about['scale']:g}{scale} --seeds {seeds}", *flags]
-    return " ".join(words)
+    call = f"python bench/paper/run.py {experiment.name} --scale {about['scale']:g}{scale} --seeds {search['seeds']}"
+    return " ".join([call, *flags])
 
 
 def _usual() -> dict[str, tuple[object, ...]]:
@@ -99,9 +101,10 @@ def facts(experiment: Experiment, runs: Runs) -> str:
     steps = sorted({one["wanted_steps"] for one in runs.compared})
     length = f"{steps[0]:,} steps" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,} steps"
     tuned = f"; step sizes by {len(runs.trials)} shorter trials on a seed that is not compared" if runs.trials else ""
+    parameters = next((one["parameters"] for one in runs.compared if "parameters" in one), 0)
     seeds = ", ".join(str(one) for one in sorted({one["seed"] for one in runs.compared}))
     return (
-        f"{settings['model']} ({runs.compared[-1]['parameters']:,} parameters) on {settings['data']}, batches of "
+        f"{settings['model']} ({parameters:,} parameters) on {settings['data']}, batches of "
         f"{settings['batch_size']}, {settings['precision']}, {length} of each worker, seeds {seeds}{tuned}. "
         f"{machine['processor']}, {machine['cores']} cores, PyTorch {versions['torch']}; commit {commits}; load "
         f"(processes running or ready) before a run: median {load:.1f}."

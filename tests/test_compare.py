@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,13 @@ import torch
 
 from easgd_local import cli, data, hardware
 from easgd_local.compare import contest, tuning
-from easgd_local.compare.command import make_comparison
+from easgd_local.compare.command import execute, make_comparison
 from easgd_local.compare.contest import open_contest, rotated
 from easgd_local.compare.entries import Entry, parse
 from easgd_local.compare.figures import figure
 from easgd_local.compare.measuring import Interrupted, moved_bytes
 from easgd_local.compare.rival import optimizer_of
-from easgd_local.compare.rivals import DDP, PostLocalSGD
+from easgd_local.compare.rivals import DDP, ENTRANTS, PostLocalSGD
 from easgd_local.compare.saved import restored, write_json
 from easgd_local.compare.settings import Comparison, duration
 from easgd_local.compare.standing import spread, standings, to_target
@@ -151,6 +152,9 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (["msgd workers=2", "ddp"], "workers=2: the rule msgd is sequential"),
     (["msgd", "ddp", "--tune-over", "tau"], "tune_over=tau: lr must be among them; write lr,tau"),
     (["msgd", "ddp", "--tune-over", "lr,mu"], "tune_over=mu: must be one of lr, tau, beta"),
+    (["msgd", "ddp", "--tune-over", ""], "tune_over=: must be one of lr, tau, beta"),
+    (["msgd", "ddp", "--tune-over", "lr,tau,lr"], "tune_over=lr,tau,lr: names one of them twice"),
+    (["msgd", "easgd lr=0." + "0" * 200 + "1"], "entry=easgd lr=0.0+...: is longer than 200 characters"),
     (["msgd", "ddp", "--tune-lrs", "4"], "tune_lrs=4: as many smaller as larger ones"),
     (["msgd", "ddp", "--tune-cost", "0"], "tune_cost=0.0: in compared runs, must be positive"),
     (["msgd", "ddp", "--seeds", "0"], "seeds=0: must be at least 1"),
@@ -365,6 +369,59 @@ def test_each_entry_runs_at_its_own_best_step_size(made_up: dict[str, Any], tmp_
     assert made_up["runs"] == []
 
 
+def test_a_search_with_a_failed_trial_decides_nothing_until_it_has_been_run_again(
+    made_up: dict[str, Any], tmp_path: Path
+) -> None:
+    """The trial that dies is that of the best step size: compared at another one, the entry would be wronged."""
+    dead = {"status": "failed", "cause": "killed", "test_error": 0.0}
+    made_up["outcome"] = lambda entry, config: dead if (entry.label, entry.rule.lr) == ("ddp", 0.1) else {}
+    comparison = make_comparison(entries=["msgd", "ddp"], seeds=1, steps=100, tune=True)
+    records = {one["label"]: one for one in play(comparison, tmp_path).records}
+    assert records["msgd"]["status"] == "done"
+    assert records["ddp"]["status"] == "failed" and records["ddp"]["cause"] == "in a trial at lr = 0.1: killed"
+    made_up["outcome"] = lambda entry, config: {"test_error": abs(entry.rule.lr - 0.1)}
+    made_up["runs"].clear()
+    (again,) = (one for one in play(comparison, tmp_path).records if one["label"] == "ddp")
+    assert again["status"] == "done" and again["lr"] == 0.1
+    assert all(label == "ddp" for label, *_ in made_up["runs"])
+
+
+@pytest.mark.parametrize("name", sorted(ENTRANTS))
+def test_an_entrys_own_values_are_among_those_that_are_tried(name: str) -> None:
+    rule = replace(ENTRANTS[name](), lr=0.0123456)
+    if name != "mdownpour" and any(one.name == "tau" for one in fields(rule)):
+        rule = replace(rule, tau=13)
+    own = {one: getattr(rule, one) for one in ("lr", "tau") if hasattr(rule, one)}
+    found = tuning.candidates(rule, ("lr", "tau", "beta"), lrs=3, workers=1, steps=10_000)
+    assert any(own.items() <= one.items() for one in found)
+
+
+@pytest.mark.parametrize("text", [
+    '{"settings": {"tune": true}}', "{}", "[]", '{"settings": ',
+])  # fmt: skip
+def test_a_damaged_comparison_or_that_of_another_version_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match="is damaged"):
+        list(execute(entries=[], resume=str(tmp_path)))
+
+
+@pytest.mark.parametrize("change", [
+    lambda one: one["settings"].update(tune=True), lambda one: one["settings"].update(seeds="three"),
+    lambda one: one["settings"]["entries"][0]["rule"].update(name="esgd"),
+    lambda one: one["settings"]["entries"][0].pop("workers"), lambda one: one["records"][0].update(label="other"),
+    lambda one: one["records"][0].pop("curve"), lambda one: one.pop("records"), lambda one: one.pop("tuned"),
+])  # fmt: skip
+def test_a_comparison_that_was_edited_is_refused(
+    change: Callable[[dict[str, Any]], Any], made_up: dict[str, Any], tmp_path: Path
+) -> None:
+    play(make_comparison(entries=["msgd", "ddp"], seeds=1, steps=7), tmp_path)
+    saved = json.loads((tmp_path / "results.json").read_text())
+    change(saved)
+    (tmp_path / "results.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"is damaged, or was written by another version|seeds=three"):
+        list(execute(entries=[], resume=str(tmp_path)))
+
+
 # What the records say
 
 
@@ -408,7 +465,8 @@ def test_the_bytes_moved_are_those_that_the_algorithm_touches() -> None:
 
 
 def test_the_report_names_what_failed_and_says_what_is_equal(made_up: dict[str, Any], tmp_path: Path) -> None:
-    made_up["outcome"] = lambda entry, _: {"status": "failed", "cause": "a | pipe"} if entry.label == "ddp" else {}
+    failed = {"status": "failed", "cause": "a | pipe"}
+    made_up["outcome"] = lambda entry, config: failed if entry.label == "ddp" and config.seed == 0 else {}
     comparison = make_comparison(entries=["msgd", "ddp"], seeds=1, steps=7, tune=True)
     one = play(comparison, tmp_path)
     text = markdown(comparison, standings(one.records, 0.1), one.state)

@@ -51,7 +51,8 @@ def figure(experiment: Experiment, runs: Runs) -> Figure:
         named = {
             text: line for ax in axes[0] for line, text in zip(*ax.get_legend_handles_labels(), strict=True)
         }  # fmt: skip
-        fig.legend(named.values(), named.keys(), loc="outside lower center", ncol=min(7, len(named)), frameon=False)
+        count = min(7, max(1, len(named)))
+        fig.legend(named.values(), named.keys(), loc="outside lower center", ncol=count, frameon=False)
         fig.suptitle(heading(experiment, runs), fontsize=13, fontweight="bold")
     return fig
 
@@ -104,8 +105,8 @@ def _draw(ax: Axes, x: str, measure: str, runs: Sequence[Record], look: tuple[st
     colour, dash = look
     ax.plot(at, middle, color=colour, linestyle=dash, linewidth=1.7, label=name)
     ax.fill_between(at, least, most, color=colour, alpha=0.15, linewidth=0)
-    if any(one["status"] != "done" for one in runs):
-        last = max(k for k in range(count) if np.isfinite(middle[k]))
+    last = max((k for k in range(count) if np.isfinite(middle[k])), default=None)
+    if last is not None and any(one["status"] != "done" for one in runs):
         ax.plot(at[last], middle[last], color=colour, marker="X", markersize=9)
 
 
@@ -115,8 +116,10 @@ def _frame(ax: Axes, measure: str, runs: Runs) -> None:
         ax.set_ylim(0, 100)
         return
     values = [point[measure] for one in runs.compared for point in one["curve"] if np.isfinite(point[measure])]
-    start = max(one["curve"][0][measure] for one in runs.compared if one["curve"])
-    ax.set_ylim(0 if min(values) < start / 2 else None, 1.15 * start)
+    starts = [one["curve"][0][measure] for one in runs.compared if one["curve"]]
+    start = max((one for one in starts if np.isfinite(one)), default=None)
+    if start is not None:
+        ax.set_ylim(0 if min(values) < start / 2 else None, 1.15 * start)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def read(folder: Path, name: str) -> Runs | None:
 
 
 def _made(row: Row) -> tuple[Any, ...]:
-    """What must be equal where runs are compared; steps and evaluations follow from the scale."""
+    """What must be equal where runs are compared, and found by one search; steps follow from the scale."""
     free = ("steps", "eval_every")
     settings = {name: value for name, value in row["settings"].items() if name not in free}
-    return row["scale"], row["data_scale"], row["hardware"]["processor"], settings
+    return row["scale"], row["data_scale"], row["hardware"]["processor"], settings, row["search"]

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness, which all benches share
 
@@ -30,6 +30,7 @@ from easgd_local.compare.settings import COMMON
 from easgd_local.data import Dataset, MemorySplit, Split
 from easgd_local.evaluate import evenly_spaced
 from easgd_local.launcher import warm_up
+from easgd_local.prepare import load
 
 ROWS = RESULTS / "paper"
 FLAGS = [name for name in COMMON if name not in ("steps", "epochs")]  # which the scale decides
@@ -61,7 +62,7 @@ def main() -> None:
         flags |= {"tune_cost": given.tune_cost} if given.tune_cost else {"tune": ()}
     try:
         run(experiment, given, flags)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"run.py: error: {error}") from None
     except (KeyboardInterrupt, Interrupted):
         raise SystemExit("run.py: interrupted; the same command goes on.") from None
@@ -69,31 +70,50 @@ def main() -> None:
 
 def run(experiment: Experiment, given: argparse.Namespace, flags: dict[str, Any]) -> None:
     comparison = experiment.comparison(scale=given.scale, seeds=given.seeds, **flags)
-    folder = given.out or Path("runs", "paper", f"{experiment.name}-{given.scale:g}")
+    part_of_data = "" if given.data_scale == 1 else f"-{given.data_scale:g}"
+    folder = given.out or Path("runs", "paper", f"{experiment.name}-{given.scale:g}{part_of_data}")
+    settings = comparison.to_json()
     common = about("paper") | {
         "experiment": experiment.name, "scale": given.scale, "data_scale": given.data_scale,
-        "settings": {name: value for name, value in comparison.to_json()["common"].items() if name != "data_dir"},
+        "settings": {name: value for name, value in settings["common"].items() if name != "data_dir"},
+        "search": {name: settings[name] for name in ("tune", "tune_lrs", "tune_cost", "seeds")},
     }  # fmt: skip
     warm_up("easgd_local.preload_loop")
-    dataset = part(look(comparison), given.data_scale)
-    with open_contest(comparison, folder, dataset) as contest:
-        written = {"records": len(contest.state["records"]), "trials": len(contest.state["trials"])}
+    dataset = look(comparison, part(load(comparison.template), given.data_scale))
+    given.rows.mkdir(parents=True, exist_ok=True)
+    with (
+        open_contest(comparison, folder, dataset) as contest,
+        open(given.rows / f"{experiment.name}.jsonl", "a", encoding="utf-8") as file,
+    ):
+        known = contest.state.setdefault("rows", {"data_scale": given.data_scale, "written": []})
+        if known["data_scale"] != given.data_scale:
+            raise ValueError(
+                f"data_scale={given.data_scale:g}: the experiment in {folder} was started with "
+                f"{known['data_scale']:g}; leave it as it was, or give another --out."
+            )
         try:
             for line in contest.run():
                 print(line, flush=True)
-                write(contest, written, given.rows, common)
+                write(contest, file, common)
         finally:
-            write(contest, written, given.rows, common)
+            write(contest, file, common)
+        failed = [f"{one['label']} seed {one['seed']}" for one in contest.records if one["status"] == "failed"]
+        if failed:
+            raise ValueError(f"{', '.join(failed)}: failed; the same command runs what failed again.")
 
 
-def write(contest: Contest, written: dict[str, int], folder: Path, common: Row) -> None:
-    """Appends the rows of what has been recorded since the last time; those of trials are without their curve."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{common['experiment']}.jsonl", "a", encoding="utf-8") as file:
-        for kind, count in written.items():
-            new = contest.state[kind][count:]
-            written[kind] += len(new)
-            file.writelines(json.dumps(finite(row(one, kind, common)), allow_nan=False) + "\n" for one in new)
+def write(contest: Contest, file: TextIO, common: Row) -> None:
+    """Appends the rows of what has been recorded and has none yet, and notes that; killed in between it writes them
+    again, and the newer of two equal rows counts."""
+    made = contest.state["rows"]["written"]
+    for kind in ("trials", "records"):
+        for one in contest.state[kind]:
+            name = [kind, one["label"], one["seed"], one["lr"], one["wanted_steps"], one["status"]]
+            if name not in made:
+                file.write(json.dumps(finite(row(one, kind, common)), allow_nan=False) + "\n")
+                made.append(name)
+    file.flush()
+    contest.finish()
 
 
 def row(record: Row, kind: str, common: Row) -> Row:
@@ -108,6 +128,8 @@ def part(dataset: Dataset, scale: float) -> Dataset:
     """So large a fraction of the training and of the test pictures, evenly spaced."""
     if not 0 < scale <= 1:
         raise ValueError(f"data_scale={scale}: the fraction of the pictures must lie in (0, 1]; try 0.1.")
+    if scale < 1 and dataset.name == "synthetic":
+        raise ValueError(f"data_scale={scale:g}: synthetic pictures are made anew from each seed; leave it out.")
     return dataset if scale == 1 else dataclasses.replace(
         dataset, train=_part(dataset.train, scale), test=_part(dataset.test, scale)
     )  # fmt: skip

@@ -26,7 +26,7 @@ DESCRIPTION = (
     "Trains the same model on the same data from the same start with every ENTRY, one after another, each with the "
     "whole machine, and says how soon it reached which test error. An ENTRY is a rule or one of "
     f"{', '.join(RIVALS)} (PyTorch's own), with its flags in one word: 'eamsgd tau=16 lr=0.01'; beside the rule's "
-    "it may have turns, threads and workers. Equal for all is what fixes the length: --steps (of each worker), --epochs "
+    "it may have turns, threads, workers. Equal for all is what fixes the length: --steps (of each worker), --epochs "
     "(samples of all workers together) or --budget (seconds)."
 )
 DEFAULT_STEPS = 500
@@ -71,7 +71,7 @@ def make_comparison(*, entries: Sequence[str], **values: Any) -> Comparison:
     common = {name: values.pop(name) for name in COMMON if name in values}
     budget, over, tunes = values.pop("budget", None), values.pop("tune_over", None), values.pop("tune", False)
     if tunes or over is not None or {"tune_lrs", "tune_cost"} & values.keys():
-        values["tune"] = tuple((over or "lr").split(","))
+        values["tune"] = tuple(("lr" if over is None else over).split(","))
     if budget is not None:
         values["budget_s"] = duration(budget)
     elif common.get("steps") is None and common.get("epochs") is None:
@@ -118,9 +118,15 @@ def _saved(folder: Path, out: str | None, given: dict[str, Any]) -> Comparison:
         raise ValueError(
             f"resume={folder} and {words[0]}: a comparison that goes on stays what it was; leave {words[0]} out."
         )
-    from easgd_local.compare.saved import saved_state
+    from easgd_local.compare.saved import read_comparison, saved_state
 
-    return Comparison.from_json(saved_state(folder)["settings"])
+    return read_comparison(folder, saved_state(folder))
+
+
+def _workers(comparison: Comparison) -> str:
+    """p of the entries that may have several."""
+    several = {comparison.workers(one) for one in comparison.entries if not one.rule.sequential}
+    return ", ".join(map(str, sorted(several))) or "1"
 
 
 def _opening(comparison: Comparison, folder: Path, recorded: int) -> str:
@@ -142,7 +148,9 @@ def _write(contest: Contest) -> Iterator[str | RenderableType]:
     with whole_file(folder / "report.md") as part:
         part.write_text(tables.markdown(comparison, found, contest.state), encoding="utf-8")
     common = comparison.template
-    heading = f"{common.model} on {common.data}, p = {common.workers}; median and range of {comparison.seeds} seeds"
+    heading = (
+        f"{common.model} on {common.data}, p = {_workers(comparison)}; median and range of {comparison.seeds} seeds"
+    )
     with whole_file(folder / "comparison.png") as part:
         figures.figure(records, comparison.target_error, heading).savefig(part, dpi=110, format="png")
     yield tables.screen(comparison, found)

@@ -21,7 +21,7 @@ from easgd_local import hardware
 from easgd_local.compare import tuning
 from easgd_local.compare.entries import Entry
 from easgd_local.compare.measuring import Record, measure
-from easgd_local.compare.saved import RESULTS, TRIALS, saved_state, write_json
+from easgd_local.compare.saved import RESULTS, TRIALS, read_comparison, saved_state, write_json
 from easgd_local.compare.settings import Comparison, changes
 from easgd_local.data import Dataset
 from easgd_local.wording import percent_text, seconds_text
@@ -69,16 +69,22 @@ class Contest:
     # One run
 
     def _compared(self, entry: Entry, seed: int) -> Record:
-        cause = self._without_pace(entry)
+        cause = self._without_pace(entry) or self._without_search(entry)
         if cause is not None:
             known = {"label": entry.label, "seed": seed, "lr": entry.rule.lr, "wanted_steps": None}
-            return {**known, "status": "failed", "cause": f"in its timed run: {cause}", "curve": []}
+            return {**known, "status": "failed", "cause": cause, "curve": []}
         record = self._run_once(self._tuned(entry), self.steps(entry), seed, f"seed-{seed}")
         return record | {"tuned": self.state["tuned"].get(entry.label, {})}
 
     def _without_pace(self, entry: Entry) -> str | None:
         """Why the timed run of the entry failed, if it did: nobody knows then how many steps to make."""
-        return self.state["paces"].get(entry.label, {}).get("cause")
+        cause = self.state["paces"].get(entry.label, {}).get("cause")
+        return None if cause is None else f"in its timed run: {cause}"
+
+    def _without_search(self, entry: Entry) -> str | None:
+        """Why a trial of the entry failed, if one did: nobody knows then what it would have shown."""
+        trials = (one for one in self.state["trials"] if one["label"] == entry.label and one["status"] == "failed")
+        return next((f"in a trial at {values_text(one['values'])}: {one['cause']}" for one in trials), None)
 
     def _run_once(self, entry: Entry, steps: int, seed: int, name: str, **changed: Any) -> Record:
         """A run in a folder of its own; what an interrupted one has left there goes."""
@@ -134,11 +140,19 @@ class Contest:
                 steps = self.steps(entry)
                 given = self.comparison.candidates(entry, steps)
                 best = tuning.search(given, steps, partial(self._try, entry), self.comparison.tune_cost)
-                self.state["tuned"][entry.label] = best
-                self._save()
-                lrs = [one["lr"] for one in given]
-                edge = " (lr at the edge of what was tried)" if best["lr"] in (min(lrs), max(lrs)) else ""
-                yield f"{entry.label}, tuned: {values_text(best)}{edge}"
+                cause = self._without_search(entry)
+                if cause is None:
+                    self.state["tuned"][entry.label] = best
+                    self._save()
+                yield f"{entry.label}, {'not tuned: ' + cause if cause else self._told_of(entry, given, best)}"
+
+    def _told_of(self, entry: Entry, given: list[tuning.Values], best: tuning.Values) -> str:
+        """What the search has found, and how far to trust it."""
+        lrs = {one["lr"] for one in given}
+        edge = " (lr at the edge of what was tried)" if len(lrs) > 1 and best["lr"] in (min(lrs), max(lrs)) else ""
+        own = [one for one in self.state["trials"] if one["label"] == entry.label]
+        nothing = own and all(one["status"] == "diverged" for one in own)
+        return f"tuned: {values_text(best)}{' (all trials diverged)' if nothing else edge}"
 
     def _try(self, entry: Entry, values: tuning.Values, steps: int) -> tuning.Trial:
         trials = self.state["trials"]
@@ -179,19 +193,21 @@ def open_contest(comparison: Comparison, folder: Path, dataset: Dataset) -> Iter
 
     `ValueError` if the folder holds something else, or a comparison with other settings.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             held.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            contest = Contest(comparison, folder, dataset, _state(comparison, folder))
-            contest.finish()
-            yield contest
-    except BlockingIOError as error:
-        raise ValueError(f"out={folder}: a comparison is in progress there; wait for its end.") from error
-    except FileExistsError as error:
-        raise ValueError(f"out={folder}: is a file, and a comparison needs a folder; give another --out.") from error
+        except BlockingIOError as error:
+            raise ValueError(f"out={folder}: a comparison is in progress there; wait for its end.") from error
+        except FileExistsError as error:
+            raise ValueError(
+                f"out={folder}: is a file, and a comparison needs a folder; give another --out."
+            ) from error
+        contest = Contest(comparison, folder, dataset, _state(comparison, folder))
+        contest.finish()
+        yield contest
 
 
 def _state(comparison: Comparison, folder: Path) -> dict[str, Any]:
@@ -205,11 +221,14 @@ def _state(comparison: Comparison, folder: Path) -> dict[str, Any]:
         fresh = {"settings": settings, "hardware": hardware.describe(), "versions": hardware.versions()}
         return {**fresh, "paces": {}, "tuned": {}, "trials": [], "records": []}
     saved = saved_state(folder)
+    read_comparison(folder, saved)  # says so if it is another version's
     for name, old, new in changes(saved["settings"], settings):
         raise ValueError(
             f"{name}={new}: the comparison in {folder} was started with {old}, and stays what it was; leave it as it "
             f"was, or give another --out."
         )
-    saved["records"] = [one for one in saved["records"] if one["status"] in FINAL]
+    saved["records"], saved["trials"] = (
+        [one for one in saved[name] if one["status"] in FINAL] for name in ("records", "trials")
+    )
     saved["paces"] = {label: one for label, one in saved["paces"].items() if "cause" not in one}
     return saved

@@ -14,6 +14,8 @@ from easgd_local.config import CHOICES
 from easgd_local.rules.base import Rule, plain_type
 from easgd_local.workloads import tuned
 
+LONGEST = 200  # characters of an entry, whose folder is called after it
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -77,6 +79,8 @@ def _parse(text: str, model: str) -> Entry:
     given = dict(_flag(text, word) for word in words)
     if len(given) < len(words):
         raise ValueError(f"entry={text!r}: gives a flag twice; give each of them once.")
+    if len(text) > LONGEST:
+        raise ValueError(f"entry={text[:40]}...: is longer than {LONGEST} characters; write its numbers shorter.")
     label = " ".join([name, *(f"{one}={value}" for one, value in given.items())])
     turns, threads, workers = (given.pop(one, None) for one in ("turns", "threads", "workers"))
     if turns is not None and (turns not in CHOICES["turns"] or issubclass(kind, Rival)):

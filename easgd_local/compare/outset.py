@@ -16,10 +16,11 @@ from easgd_local.partition import partition
 from easgd_local.prepare import load
 
 
-def look(comparison: Comparison) -> Dataset:
-    """Loads the data and builds the model once; `ValueError` for what cannot work, before anything is written."""
+def look(comparison: Comparison, dataset: Dataset | None = None) -> Dataset:
+    """Loads the data unless given, and builds the model once; `ValueError` for what cannot work, before anything is
+    written."""
     config = comparison.template
-    dataset = load(config)
+    dataset = dataset or load(config)
     torch.manual_seed(config.seed)
     model = models.build(config.model, shape=dataset.input_shape, classes=len(dataset.classes))
     models.check(model, dataset.input_shape)

@@ -85,6 +85,10 @@ class PostLocalSGD(Rival):
         if self.ddp_steps < 0:
             raise ValueError(f"ddp_steps={self.ddp_steps}: must be at least 0; 0 makes local steps from the start.")
 
+    @property
+    def period(self) -> int:
+        return self.tau
+
     def meetings(self, steps: int) -> int:
         return min(steps, self.ddp_steps) + -(-max(0, steps - self.ddp_steps) // self.tau)
 

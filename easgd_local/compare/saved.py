@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from easgd_local import metrics
+from easgd_local.compare.settings import Comparison
 from easgd_local.theory.command import whole_file
 
 RESULTS, TRIALS = "results.json", "tune.json"
@@ -26,6 +27,29 @@ def saved_state(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder / RESULTS}: is damaged ({error}); restore it, or start a new comparison with another --out."
         ) from error
+
+
+def read_comparison(folder: Path, state: dict[str, Any]) -> Comparison:
+    """The comparison that a saved state belongs to; `ValueError` if it is damaged, or another version's."""
+    try:
+        comparison = Comparison.from_json(state["settings"])
+        if json.loads(json.dumps(comparison.to_json())) != state["settings"]:
+            raise KeyError("settings")
+        labels = {one.label for one in comparison.entries}
+        for one in (*state["records"], *state["trials"]):
+            if one["label"] not in labels or not {"seed", "status", "lr", "wanted_steps"} <= one.keys():
+                raise KeyError(one["label"])
+        if not all("curve" in one for one in state["records"]) or not all("values" in one for one in state["trials"]):
+            raise KeyError("curve, values")
+        if not isinstance(state["tuned"], dict) or not isinstance(state["paces"], dict):
+            raise TypeError("tuned, paces")
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{folder / RESULTS}: is damaged, or was written by another version ({what}); start a new comparison with "
+            f"another --out."
+        ) from error
+    return comparison
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -71,6 +71,8 @@ class Comparison:
         for name in self.tune:
             if name not in tuning.NAMES:
                 raise ValueError(f"tune_over={name}: must be one of {', '.join(tuning.NAMES)}; choose one of them.")
+        if len(set(self.tune)) < len(self.tune):
+            raise ValueError(f"tune_over={','.join(self.tune)}: names one of them twice; give each once.")
         if self.tune and "lr" not in self.tune:
             raise ValueError(f"tune_over={','.join(self.tune)}: lr must be among them; write lr,{','.join(self.tune)}.")
         if self.tune_lrs < 1 or self.tune_lrs % 2 == 0:

@@ -29,18 +29,22 @@ def candidates(
     lrs step sizes, factors of √10 apart; own τ and β, and some times less and more. A τ that leaves the shortest trial
     without an exchange is not tried, but for the rule's own.
     """
-    lr = [float(f"{rule.lr * 10 ** (k / 2):.3g}") for k in range(-(lrs // 2), lrs // 2 + 1)]
-    axes: dict[str, list[float]] = {"lr": lr}
+    axes: dict[str, list[float]] = {"lr": [_times(rule.lr, 10 ** (k / 2)) for k in range(-(lrs // 2), lrs // 2 + 1)]}
     if "tau" in names and any(one.name == "tau" for one in fields(rule)):
         axes["tau"] = list(dict.fromkeys(max(1, round(rule.period * factor)) for factor in TAU_FACTORS))
     if "beta" in names and isinstance(rule, Elastic) and rule.alpha is None and rule.rho is None:
         own = BETA if rule.beta is None else rule.beta
-        axes["beta"] = [float(f"{own * factor:.3g}") for factor in BETA_FACTORS]
+        axes["beta"] = [_times(own, factor) for factor in BETA_FACTORS]
     found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     found = [one for one in found if _works(rule, one, workers)]
     shortest = steps * min((share for _, share in rungs(len(found), cost)), default=1.0)
     longest = max(rule.period, shortest / SHORTEST_EXCHANGES)
     return [one for one in found if one.get("tau", 1) <= longest]
+
+
+def _times(own: float, factor: float) -> float:
+    """Three digits are enough, but for the entry's own value."""
+    return own if factor == 1 else float(f"{own * factor:.3g}")
 
 
 def _works(rule: Rule, values: Values, workers: int) -> bool:
