@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection
 
 WORKLOADS: dict[str, dict[str, dict[str, float]]] = {
-    "cifar7": {},
+    "cifar7": {
+        "easgd": {"lr": 0.05},
+        "eamsgd": {"lr": 0.003, "momentum": 0.99},
+        "downpour": {"lr": 0.05},
+        "adownpour": {"lr": 0.05},
+        "mvadownpour": {"lr": 0.05},
+        "mdownpour": {"lr": 0.000158, "momentum": 0.99},
+        "msgd": {"lr": 0.00316, "momentum": 0.99},
+    },
 }
 TOGETHER = ("lr", "momentum")  # tuned as one: a user who gives one of them gets the rule's default for the other
 

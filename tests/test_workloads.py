@@ -48,6 +48,6 @@ def test_a_network_that_was_not_tuned_has_none() -> None:
 def test_the_step_size_is_the_one_that_the_search_found_at_the_nearest_period(rule: str) -> None:
     """τ = 16 was run, and the elastic rules' 10 is nearer to it than to 4."""
     rows = [json.loads(line) for line in (ROWS / "cifar-tau.jsonl").read_text("utf-8").splitlines()]
-    words = {"easgd": "easgd tau=16 ", "eamsgd": "eamsgd tau=16 "}.get(rule, rule)
-    found = [one for one in rows if not one["trial"] and one["label"].startswith(words)]
+    nearest = {10: " tau=16 ", 1: " tau=1 "}[rule_class(rule)().tau] if rule not in ("mdownpour", "msgd") else " "
+    found = [one for one in rows if not one["trial"] and one["label"].startswith(rule + nearest)]
     assert found[-1]["lr"] == WORKLOADS["cifar7"][rule]["lr"]
