@@ -76,7 +76,7 @@ class Config:
         "BatchNorm statistics of the center: exchanged like parameters, or computed anew on training samples",
     )
     block_bytes: int = flag(4 << 20, "size of the center's blocks in bytes; small models have smaller ones")
-    threads: int | None = flag(None, "threads of each worker; default cores / workers")
+    threads: int | None = flag(None, "threads of each worker; default cores / workers, 1 for small models")
     eval_every: int | None = flag(
         None, "steps between evaluations of the center; 0 only at the start and the end; default steps / 10"
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from easgd_local.data import Dataset, Sampler, prepare, step_rng
+from easgd_local.models import multiplications
 
 LANCZOS_STEPS = 6  # within 1 % of the largest eigenvalue where networks start, see the tests
 SAMPLES = 32
@@ -106,21 +107,3 @@ def _normalizes_batches(model: nn.Module) -> bool:
 def _is_cheap(model: nn.Module, shape: tuple[int, int, int]) -> bool:
     weights = sum(one.numel() for one in model.parameters())
     return weights * SAMPLES <= MULTIPLICATIONS and multiplications(model, shape) * SAMPLES <= MULTIPLICATIONS
-
-
-def multiplications(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Those of weights in a forward pass of one picture: each weight matrix or kernel once for every place."""
-    counted = 0
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-        nonlocal counted
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim >= 2 and isinstance(output, Tensor):
-            counted += weight.numel() * output.numel() // weight.shape[0]
-
-    twin = copy.deepcopy(model).eval()
-    for module in twin.modules():
-        module.register_forward_hook(count)
-    with torch.no_grad():
-        twin(torch.zeros(1, *shape))
-    return counted

@@ -107,11 +107,11 @@ def exchange(*, model: str, data: str, workers: int, tau: int, batch_size: int) 
     if tau < 1 or batch_size < 1 or workers < 1:
         raise ValueError(f"tau={tau}, batch_size={batch_size}, workers={workers}: each must be at least 1.")
     dataset = datasets.load(data)
-    threads = max(1, hardware.cores() // workers)
     before = torch.get_num_threads()
+    net = models.build(model, shape=dataset.input_shape, classes=len(dataset.classes))
+    threads = models.worth_threads(net, dataset.input_shape, batch_size, hardware.cores() // workers)
     torch.set_num_threads(threads)
     try:
-        net = models.build(model, shape=dataset.input_shape, classes=len(dataset.classes))
         sampler = datasets.shard(0, 0, workers, batch_size, len(dataset.train))
         gradient = Gradient(net, dataset, sampler, rank=0, weight_decay=1e-4)
         ops, n = CpuOps(), gradient.n
@@ -123,7 +123,8 @@ def exchange(*, model: str, data: str, workers: int, tau: int, batch_size: int) 
         torch.set_num_threads(before)
     size = f"{gradient.flat.parameters:,} parameters, {4 * n / 2**20:.1f} MiB"
     yield Finding("model", f"{model} on {data}: {size}; a center of {2 * 4 * n / 2**20:.1f} MiB with its snapshot")
-    yield Finding("step", f"{1e3 * step_s:.2f} ms for {batch_size} samples with {threads} threads (median of 5)")
+    used = "1 thread" if threads == 1 else f"{threads} threads"
+    yield Finding("step", f"{1e3 * step_s:.2f} ms for {batch_size} samples with {used} (median of 5)")
     yield Finding("exchange", f"{1e3 * pull_s:.3f} ms on the CPU, {16 * n / pull_s / 1e9:.1f} GB/s (median of 5)")
     share = pull_s / (tau * step_s)
     cheap = round(pull_s / (0.01 * step_s))

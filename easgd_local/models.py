@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from difflib import get_close_matches
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Shape = tuple[int, int, int]
 """(channels, height, width) as it reaches the network, after the crop."""
+
+DIVISIBLE = 5e6  # multiplications in a minibatch's forward pass, half a millisecond; `mlp` has 6e5, `cifar7` 5e8
 
 AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 """torchvision's networks with side outputs are built without them: a network returns one tensor, in training too."""
@@ -187,3 +190,29 @@ def _unknown(name: str) -> str:
 def _spelt(shape: Shape) -> str:
     channels, height, width = shape
     return f"{channels} channel{'s' * (channels != 1)} and {height} x {width} pixels"
+
+
+def worth_threads(model: nn.Module, shape: Shape, batch_size: int, cores: int) -> int:
+    """Threads for a worker that has so many cores: one for each, but one alone where a minibatch is so small that
+    threads would wait for each other longer than they compute."""
+    if cores < 2 or batch_size * multiplications(model, shape) < DIVISIBLE:
+        return 1
+    return cores
+
+
+def multiplications(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Those of weights in a forward pass of one picture: each weight matrix or kernel once for every place."""
+    counted = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        nonlocal counted
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim >= 2 and isinstance(output, Tensor):
+            counted += weight.numel() * output.numel() // weight.shape[0]
+
+    twin = copy.deepcopy(model).eval()
+    for module in twin.modules():
+        module.register_forward_hook(count)
+    with torch.no_grad():
+        twin(torch.zeros(1, *shape))
+    return counted

@@ -103,7 +103,8 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
         flat = Flat(_model(plan))
         if plan.rule.divides:
             partition([entry.stop - entry.start for entry in flat.trained], plan.layout.workers)  # says if too few
-        plan = replace(plan, layout=replace(plan.layout, n=flat.n))
+        threads = thread_count(config, flat.model, plan.shape)
+        plan = replace(plan, layout=replace(plan.layout, n=flat.n), threads=threads)
         curvature = _curvature(plan, flat.model, dataset)
         warnings = _rule_warnings(config, curvature) + warnings
         check_room(plan, len(plan.rule.local) + len(plan.rule.scratch) + 2)
@@ -140,6 +141,13 @@ def load(config: Config) -> Dataset:
             f"data_dir={config.data_dir}: cannot be read ({error.strerror}: {error.filename}); give a folder that you "
             f"may read."
         ) from error
+
+
+def thread_count(config: Config, model: nn.Module, shape: models.Shape) -> int:
+    """Of each worker: as configured, else those that its share of the cores and the size of a step are worth."""
+    assert config.workers is not None
+    share = hardware.cores() // config.workers
+    return config.threads or models.worth_threads(model, shape, config.batch_size, share)
 
 
 def _model(plan: TrainingPlan) -> nn.Module:
@@ -215,7 +223,7 @@ def _plan(config: Config, dataset: Dataset) -> tuple[TrainingPlan, list[str]]:
         turns=config.turns,
         computing=Computing(config.precision, config.channels_last),
         buffers=config.buffers,
-        threads=config.threads or max(1, cores // workers),
+        threads=config.threads or 1,
         folder=Path(),
         report_every=max(1, steps // REPORTS),
         evaluation_samples=config.eval_samples,

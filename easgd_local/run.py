@@ -208,7 +208,7 @@ class Run:
             if times:
                 often = "once" if times == 1 else f"{times} times"
                 self._warn(f"worker {rank} was reloaded from the center {often}, as its values were not finite.")
-        summary = {"status": self._status()} | summarize(
+        summary: dict[str, Any] = {"status": self._status(), "interrupts": self._interrupts} | summarize(
             self._prepared, self._tallies, self._scores, seconds=self._clock.seconds, evaluate_s=self._evaluate_s,
             evaluated_at=self._evaluated_t if self._scores else None,
             failures=self._failures, warnings=self._warnings,

@@ -17,9 +17,11 @@ WORKLOADS: dict[str, dict[str, dict[str, float]]] = {
         "mvadownpour": {"lr": 0.05},
         "mdownpour": {"lr": 0.000158, "momentum": 0.99},
         "msgd": {"lr": 0.00316, "momentum": 0.99},
+        "ddp": {"lr": 0.00316, "momentum": 0.99},  # as msgd, which is what each of its processes runs
+        "post-local-sgd": {"lr": 0.00316, "momentum": 0.99},
     },
 }
-TOGETHER = ("lr", "momentum")  # tuned as one: a user who gives one of them gets the rule's default for the other
+TOGETHER = ("lr", "momentum", "optimizer")  # tuned as one: who gives one of them gets the rule's defaults for the rest
 
 
 def tuned(model: str, rule: str, given: Collection[str] = ()) -> dict[str, float]:

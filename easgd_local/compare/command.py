@@ -132,7 +132,9 @@ def _workers(comparison: Comparison) -> str:
 def _opening(comparison: Comparison, folder: Path, recorded: int) -> str:
     count = comparison.seeds * len(comparison.entries)
     rest = f", {recorded} of them done already" if recorded else ""
-    return f"{len(comparison.entries)} entries x {comparison.seeds} seeds = {count} runs{rest}; folder {folder}"
+    seeds = "1 seed" if comparison.seeds == 1 else f"{comparison.seeds} seeds"
+    trials = " after the trials of each entry's search" if comparison.tune else ""
+    return f"{len(comparison.entries)} entries x {seeds} = {count} runs{trials}{rest}; folder {folder}"
 
 
 def _write(contest: Contest) -> Iterator[str | RenderableType]:
@@ -149,7 +151,8 @@ def _write(contest: Contest) -> Iterator[str | RenderableType]:
         part.write_text(tables.markdown(comparison, found, contest.state), encoding="utf-8")
     common = comparison.template
     heading = (
-        f"{common.model} on {common.data}, p = {_workers(comparison)}; median and range of {comparison.seeds} seeds"
+        f"{common.model} on {common.data}, p = {_workers(comparison)}; median and range of "
+        f"{'1 seed' if comparison.seeds == 1 else f'{comparison.seeds} seeds'}"
     )
     with whole_file(folder / "comparison.png") as part:
         figures.figure(records, comparison.target_error, heading).savefig(part, dpi=110, format="png")

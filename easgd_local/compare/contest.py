@@ -20,9 +20,10 @@ from typing import Any
 from easgd_local import hardware
 from easgd_local.compare import tuning
 from easgd_local.compare.entries import Entry
-from easgd_local.compare.measuring import Record, measure
+from easgd_local.compare.measuring import Interrupted, Record, measure
 from easgd_local.compare.saved import RESULTS, TRIALS, read_comparison, saved_state, write_json
 from easgd_local.compare.settings import Comparison, changes
+from easgd_local.compare.standing import edges
 from easgd_local.data import Dataset
 from easgd_local.wording import percent_text, seconds_text
 
@@ -35,7 +36,7 @@ class Contest:
 
     def __init__(self, comparison: Comparison, folder: Path, dataset: Dataset, state: dict[str, Any]) -> None:
         self.comparison, self.folder, self.state = comparison, folder, state
-        self._dataset = dataset
+        self._dataset, self._stops = dataset, False
 
     @property
     def records(self) -> list[Record]:
@@ -93,7 +94,9 @@ class Contest:
             shutil.rmtree(folder)
         config = self.comparison.config(entry, steps=steps, seed=seed, out=str(folder))
         fixed = config.data != "synthetic"  # whose pictures are made from the seed
-        return measure(entry, replace(config, **changed), self._dataset if fixed else None)
+        record = measure(entry, replace(config, **changed), self._dataset if fixed else None)
+        self._stops = self._stops or bool(record.pop("interrupts", 0))
+        return record
 
     def _recorded(self, entry: Entry, seed: int) -> Record | None:
         own = (one for one in self.state["records"] if (one["label"], one["seed"]) == (entry.label, seed))
@@ -102,6 +105,12 @@ class Contest:
     def _keep(self, record: Record) -> None:
         self.state["records"].append(record)
         self._save()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Ctrl-C that came when the last run was complete already."""
+        if self._stops:
+            raise Interrupted
 
     def _save(self) -> None:
         write_json(self.folder / RESULTS, self.state)
@@ -125,6 +134,7 @@ class Contest:
         slow = entry.with_values({"lr": entry.rule.lr / 1000})  # it must not diverge, and takes as long
         while len(rates) < TIMED_RUNS:
             record = self._run_once(slow, steps, self.comparison.tuning_seed, "pace", eval_every=0)
+            self._stop_if_asked()
             if record["status"] != "done":
                 return {"steps": 1, "steps_per_s": 0.0, "timed_steps": steps, "cause": record["cause"]}
             if rates or record["seconds"] >= min(PACE_S, budget_s / 4):
@@ -139,17 +149,17 @@ class Contest:
             if entry.label not in self.state["tuned"] and self._without_pace(entry) is None:
                 steps = self.steps(entry)
                 given = self.comparison.candidates(entry, steps)
-                best = tuning.search(given, steps, partial(self._try, entry), self.comparison.tune_cost)
+                least = 1 + tuning.MEETINGS * entry.rule.period
+                best = tuning.search(given, steps, partial(self._try, entry), self.comparison.tune_cost, least)
                 cause = self._without_search(entry)
                 if cause is None:
                     self.state["tuned"][entry.label] = best
                     self._save()
-                yield f"{entry.label}, {'not tuned: ' + cause if cause else self._told_of(entry, given, best)}"
+                yield f"{entry.label}, {'not tuned: ' + cause if cause else self._told_of(entry, best)}"
 
-    def _told_of(self, entry: Entry, given: list[tuning.Values], best: tuning.Values) -> str:
+    def _told_of(self, entry: Entry, best: tuning.Values) -> str:
         """What the search has found, and how far to trust it."""
-        lrs = {one["lr"] for one in given}
-        edge = " (lr at the edge of what was tried)" if len(lrs) > 1 and best["lr"] in (min(lrs), max(lrs)) else ""
+        edge = " (lr at the edge of what was tried)" if entry.label in edges(self.state) else ""
         own = [one for one in self.state["trials"] if one["label"] == entry.label]
         nothing = own and all(one["status"] == "diverged" for one in own)
         return f"tuned: {values_text(best)}{' (all trials diverged)' if nothing else edge}"
@@ -163,6 +173,7 @@ class Contest:
         record = self._run_once(entry.with_values(values), steps, self.comparison.tuning_seed, name, eval_every=0)
         trials.append(record | {"values": values})
         write_json(self.folder / TRIALS, trials)
+        self._stop_if_asked()
         return trials[-1]
 
     def _tuned(self, entry: Entry) -> Entry:

@@ -36,7 +36,8 @@ def measure(entry: Entry, config: Config, dataset: Dataset | None = None) -> Rec
     assert config.out is not None
     began = time.perf_counter()
     known = {
-        "label": entry.label, "seed": config.seed, "lr": config.rule.lr, "wanted_steps": config.steps,
+        "label": entry.label, "seed": config.seed, "lr": config.rule.lr,
+        "momentum": getattr(config.rule, "momentum", None), "wanted_steps": config.steps,
         "load": os.getloadavg()[0],
     }  # fmt: skip
     try:
@@ -49,7 +50,8 @@ def measure(entry: Entry, config: Config, dataset: Dataset | None = None) -> Rec
     kept, points = {name: summary.get(name) for name in KEPT}, curve(Path(config.out), config)
     moved = moved_bytes(config.rule, summary["workers"], summary["exchanges"], summary["parameters"])
     made = {"wall_s": time.perf_counter() - began, "moved_bytes": moved, "curve": points}
-    return known | kept | made | _fate(summary, points)
+    late = {"interrupts": summary["interrupts"]}  # signals that came too late for the run, but mean the comparison
+    return known | kept | made | late | _fate(summary, points)
 
 
 def _fate(summary: dict[str, Any], points: list[dict[str, float]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from easgd_local import data, hardware, metrics, models, report
+from easgd_local import data, metrics, models, report
 from easgd_local.compare import rival
 from easgd_local.compare.rival import RivalPlan
 from easgd_local.compare.rivals import Rival
@@ -23,7 +23,7 @@ from easgd_local.data import Dataset
 from easgd_local.gradient import Computing
 from easgd_local.launcher import Launcher, Message
 from easgd_local.metrics import Metrics
-from easgd_local.prepare import load
+from easgd_local.prepare import load, thread_count
 from easgd_local.run import signals
 from easgd_local.runfolder import claim
 
@@ -38,7 +38,8 @@ def train(config: Config, dataset: Dataset | None = None) -> dict[str, Any]:
     dataset = dataset or load(config)
     fd, description = data.to_memfd(dataset)
     try:
-        plan = _plan(config)
+        model = models.build(config.model, shape=dataset.input_shape, classes=len(dataset.classes))
+        plan = _plan(config, thread_count(config, model, dataset.input_shape))
         folder = claim(config.out, config.rule.name, config.to_json(), {"threads": plan.threads, "device": "cpu"})
         plan = replace(plan, folder=folder)
         with Metrics(folder) as log, Launcher(folder / "logs") as launcher:
@@ -48,14 +49,13 @@ def train(config: Config, dataset: Dataset | None = None) -> dict[str, Any]:
     finally:
         if fd is not None:
             os.close(fd)
-    model = models.build(plan.model, shape=dataset.input_shape, classes=len(dataset.classes))
     summary = course.summary(config, model)
     (folder / "summary.json").write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
     report.write(folder)
     return summary | {"folder": str(folder)}
 
 
-def _plan(config: Config) -> RivalPlan:
+def _plan(config: Config, threads: int) -> RivalPlan:
     assert isinstance(config.rule, Rival)
     assert config.steps is not None
     assert config.workers is not None
@@ -65,7 +65,7 @@ def _plan(config: Config) -> RivalPlan:
         steps=config.steps, evaluate_every=config.eval_every, model=config.model, batch_size=config.batch_size,
         sampling=config.sampling, seed=config.seed, weight_decay=config.weight_decay,
         computing=Computing(config.precision, config.channels_last),
-        threads=config.threads or max(1, hardware.cores() // config.workers),
+        threads=threads,
         evaluation_samples=config.eval_samples, folder=Path(),
     )  # fmt: skip
 
@@ -139,8 +139,9 @@ class RivalRun:
         samples = self._t * plan.batch_size * plan.workers
         center = plan.folder / "center.safetensors"
         return {
-            "status": self.status, "rule": plan.rival.name, "model": config.model, "data": config.data,
-            "workers": plan.workers, "steps": self._t, "exchanges": plan.workers * plan.rival.meetings(self._t),
+            "status": self.status, "interrupts": int(self._interrupted), "rule": plan.rival.name,
+            "model": config.model, "data": config.data, "workers": plan.workers, "steps": self._t,
+            "exchanges": plan.workers * plan.rival.meetings(self._t),
             "seconds": seconds, "samples": samples, "samples_per_s": samples / seconds if seconds else None,
             "wait_s": None, "exchange_s": None, **self._scores, "scores": self._scores,
             "center_sha256": hashlib.sha256(center.read_bytes()).hexdigest() if center.exists() else None,

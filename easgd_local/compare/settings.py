@@ -171,7 +171,7 @@ def duration(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([smh])", text.strip())
     seconds = float(found[1]) * UNITS_S[found[2]] if found else 0.0
     if not seconds > 0:
-        raise ValueError(f"budget={text}: must be a time with its unit; write it like 30s, 10m or 1.5h.")
+        raise ValueError(f"budget={text}: must be a time above nothing, with its unit; write it like 30s, 10m or 1.5h.")
     return seconds
 
 

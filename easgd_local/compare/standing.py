@@ -33,6 +33,7 @@ class Standing:
 
     label: str
     lr: float
+    momentum: float | None
     tuned: dict[str, float]
     workers: int | None
     steps: int | None
@@ -89,9 +90,21 @@ def _standing(runs: Sequence[Record], target: float) -> Standing:
         for name in ("test_error", "seconds", "samples_per_s", "exchange_s", "wait_s", "moved_bytes")
     }
     return Standing(
-        label=runs[0]["label"], lr=runs[0]["lr"], tuned=runs[0].get("tuned", {}),
+        label=runs[0]["label"], lr=runs[0]["lr"], momentum=runs[0].get("momentum"),
+        tuned=runs[0].get("tuned", {}),
         workers=runs[0].get("workers"), steps=runs[0].get("wanted_steps"),
         statuses=dict(Counter(one["status"] for one in runs)), reached=len(hits),
         seconds_to_target=spread([one["seconds"] for one in hits]),
         samples_to_target=spread([one["samples"] for one in hits]), **of,
     )  # fmt: skip
+
+
+def edges(state: dict[str, Any]) -> dict[str, str]:
+    """A sentence for each entry whose best step size is the least or the largest that was tried for it."""
+    found = {}
+    for label, best in state["tuned"].items():
+        lrs = {one["values"]["lr"] for one in state["trials"] if one["label"] == label}
+        if len(lrs) > 1 and best["lr"] in (min(lrs), max(lrs)):
+            side = "least" if best["lr"] == min(lrs) else "largest"
+            found[label] = f"best step size {best['lr']:g} is the {side} that was tried: a better one may lie beyond"
+    return found

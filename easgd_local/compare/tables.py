@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from easgd_local.compare.measuring import Record
 from easgd_local.compare.settings import Comparison
-from easgd_local.compare.standing import Spread, Standing
+from easgd_local.compare.standing import Spread, Standing, edges
 from easgd_local.compare.tuning import BETA_FACTORS, TAU_FACTORS
 from easgd_local.report import table
 from easgd_local.wording import count_text, flattened, seconds_text
@@ -50,8 +50,8 @@ def notes(comparison: Comparison, standings: Sequence[Standing]) -> list[str]:
         f"Equal for all: {_length(comparison)}; model, start, data, minibatches by rank, weight decay and evaluation.",
         "Time to the target: training seconds until the first evaluation at or below it, median over the runs that "
         "reached it (least to largest). Evaluation and start-up are not counted. Samples to it: of all workers.",
-        f"Final test error: mean ± standard deviation over the runs that are done (n); {comparison.seeds} runs, "
-        f"seeds {comparison.run_seeds[0]} to {comparison.run_seeds[-1]}. The other columns are medians.",
+        f"Final test error: mean ± standard deviation over the runs that are done (n); "
+        f"{_runs(comparison)}. The other columns are medians.",
         "Exchange and waiting: seconds summed over the workers; torch's cannot be told apart from its backward pass. "
         "Moved: bytes that all workers together read and write to average, counted, not measured.",
     ]
@@ -65,10 +65,15 @@ def notes(comparison: Comparison, standings: Sequence[Standing]) -> list[str]:
     return found
 
 
+def _runs(comparison: Comparison) -> str:
+    seeds = comparison.run_seeds
+    return f"1 run, seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} runs, seeds {seeds[0]} to {seeds[-1]}"
+
+
 def _also(names: Sequence[str]) -> str:
     factors = {"tau": TAU_FACTORS, "beta": BETA_FACTORS}
     told = [f"{name} times {', '.join(f'{one:.2g}' for one in factors[name])}" for name in names if name in factors]
-    return "".join(f" and {one}" for one in told)
+    return "".join(f" and {one}" for one in told) + ("; of tau, what the trials are long enough for" if told else "")
 
 
 def _unequal(budget_s: float | None, standings: Sequence[Standing]) -> list[str]:
@@ -112,7 +117,8 @@ def screen(comparison: Comparison, standings: Sequence[Standing]) -> RenderableT
         time = f"{_time(one).replace(' (', chr(10) + '(')}\n({one.reached}/{runs})"
         rate = f"{_median(one.samples_per_s, count_text)}\n{_median(one.moved_bytes, bytes_text)}"
         spent = f"{_median(one.exchange_s, seconds_text)}\n{_median(one.wait_s, seconds_text)}"
-        cells = (one.label, one.status, time, _error(one.test_error).replace(" (", "\n("), rate, spent)
+        entry = "\n".join([one.label, *f"lr={_values(one)}".split(", ")])
+        cells = (entry, one.status, time, _error(one.test_error).replace(" (", "\n("), rate, spent)
         shown.add_row(*(Text(cell, "red" if cell == one.status != "done" else "") for cell in cells))
     return Group(shown, *(Text(note, "dim") for note in notes(comparison, standings)))
 
@@ -129,11 +135,21 @@ def markdown(comparison: Comparison, standings: Sequence[Standing], state: dict[
         "## Failed and diverged runs",
         table(("entry", "seed", "status", "cause"), causes),
         "## Warnings",
-        table(("entry", "seed", "warning"), _warnings(state["records"])),
+        table(("entry", "seed", "warning"), _warnings(state)),
     ]
     for name in ("settings", "hardware", "versions"):
-        parts += [f"## {name.capitalize()}", table(("what", "value"), flattened(state[name]))]
+        told = [(what, _told(value)) for what, value in flattened(state[name]) if value is not None]
+        parts += [f"## {name.capitalize()}", table(("what", "value"), told)]
     return "\n\n".join(parts) + "\n"
+
+
+def _told(value: Any) -> Any:
+    """A value of the settings: of entries, their rules with all hyperparameters."""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return value
+    rules = ({**one["rule"], **{name: one[name] for name in ("turns", "threads", "workers")}} for one in value)
+    flags = ({name: one for name, one in rule.items() if one is not None} for rule in rules)
+    return "; ".join(" ".join([own.pop("name"), *(f"{name}={one}" for name, one in own.items())]) for own in flags)
 
 
 def _load(records: Sequence[Record]) -> list[str]:
@@ -147,8 +163,9 @@ def _load(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _warnings(records: Sequence[Record]) -> list[tuple[Any, ...]]:
-    return [(one["label"], one["seed"], warning) for one in records for warning in one.get("warnings") or ()]
+def _warnings(state: dict[str, Any]) -> list[tuple[Any, ...]]:
+    told = [(one["label"], one["seed"], warning) for one in state["records"] for warning in one.get("warnings") or ()]
+    return [(label, "", f"its {sentence}") for label, sentence in edges(state).items()] + told
 
 
 def bytes_text(value: float) -> str:
@@ -158,8 +175,9 @@ def bytes_text(value: float) -> str:
 
 
 def _values(one: Standing) -> str:
-    """The step size, and what else was found by a search."""
-    return ", ".join([f"{one.lr:g}", *(f"{name}={value:g}" for name, value in one.tuned.items() if name != "lr")])
+    """The step size, the momentum, and what else was found by a search."""
+    found = {"momentum": one.momentum, **one.tuned, "lr": None}
+    return ", ".join([f"{one.lr:g}", *(f"{name}={value:g}" for name, value in found.items() if value is not None)])
 
 
 def _time(one: Standing) -> str:

@@ -15,7 +15,7 @@ NAMES = ("lr", "tau", "beta")
 LRS = 5  # step sizes, unless asked otherwise
 TAU_FACTORS = (1.0, 1 / 4, 4.0)
 BETA_FACTORS = (1.0, 1 / 3, 3.0)
-SHORTEST_EXCHANGES = 2  # of a worker in a trial, below which a τ is not tried
+MEETINGS = 2  # of each worker, that a trial has at least
 
 Trial = dict[str, Any]
 Values = dict[str, float]  # hyperparameters
@@ -38,7 +38,7 @@ def candidates(
     found = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     found = [one for one in found if _works(rule, one, workers)]
     shortest = steps * min((share for _, share in rungs(len(found), cost)), default=1.0)
-    longest = max(rule.period, shortest / SHORTEST_EXCHANGES)
+    longest = max(rule.period, shortest / MEETINGS)
     return [one for one in found if one.get("tau", 1) <= longest]
 
 
@@ -78,11 +78,19 @@ def cost_of(found: Sequence[tuple[int, float]]) -> float:
 
 
 def search(
-    given: Sequence[Values], steps: int, tried: Callable[[Values, int], Trial], cost: float | None = None
+    given: Sequence[Values],
+    steps: int,
+    tried: Callable[[Values, int], Trial],
+    cost: float | None = None,
+    least: int = 1,
 ) -> Values:
-    """The best candidate. `tried(values, steps)` runs a trial or looks it up; each rung keeps the best of the last."""
+    """The best candidate. `tried(values, steps)` runs a trial or looks it up; each rung keeps the best of the last.
+
+    A trial is never so short that its workers would hardly meet, `least` steps.
+    """
     for keep, share in rungs(len(given), cost):
-        given = best_first([tried(one, max(1, round(share * steps))) for one in given[:keep]])
+        length = min(steps, max(1, least, round(share * steps)))
+        given = best_first([tried(one, length) for one in given[:keep]])
     return given[0]
 
 
