@@ -337,6 +337,8 @@ def _unrecognized(words: list[str], parser: argparse.ArgumentParser) -> str:
             (f" and there is one {action.metavar}" for action in parser._actions if not action.option_strings), ""
         )
         return f"{' '.join(words)}: not understood, as values follow their flag{one}; leave it out"
+    if parser.prog.endswith("compare") and flag.lstrip("-").replace("-", "_") in _rule_fields():
+        return f"{flag}: belongs to an entry, in one word with its rule, such as 'eamsgd tau=16 lr=0.01'"
     word, known = flag.lstrip("-"), [one.lstrip("-") for action in parser._actions for one in action.option_strings]
     near = [one for one in known if one.startswith(word)] or get_close_matches(word, known, n=1)
     return f"{flag}: there is no such flag{f', did you mean --{near[0]}' if near else ''}"

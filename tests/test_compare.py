@@ -26,7 +26,7 @@ from easgd_local.compare.rival import optimizer_of
 from easgd_local.compare.rivals import DDP, ENTRANTS, PostLocalSGD
 from easgd_local.compare.saved import restored, write_json
 from easgd_local.compare.settings import Comparison, duration
-from easgd_local.compare.standing import spread, standings, to_target
+from easgd_local.compare.standing import edges, spread, standings, to_target
 from easgd_local.compare.tables import bytes_text, markdown
 from easgd_local.launcher import warm_up
 from easgd_local.rules.eamsgd import EAMSGD
@@ -165,7 +165,9 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (["msgd", "ddp", "--device", "cuda"], "device=cuda: this version compares on CPUs only"),
     (["msgd", "ddp", "--workers", "0"], "workers=0: must be at least 1"),
     (["msgd", "ddp", "--seed", str(2**63 - 2)], "seed=.*: must be below"),
-    (["msgd", "ddp", "--tau", "3"], "--tau: there is no such flag"),
+    (["msgd", "ddp", "--tau", "3"], "--tau: belongs to an entry, in one word with its rule, such as 'eamsgd tau=16"),
+    (["msgd", "ddp", "--lr", "3"], "--lr: belongs to an entry"),
+    (["msgd", "tau=16", "ddp"], "entry=tau=16: a flag belongs into one word with its rule; .* 'eamsgd tau=16'"),
     (["msgd", "ddp", "--resume", "old"], "resume=old and msgd: .* leave msgd out"),
     (["--resume", "old"], "resume=old: no comparison is there"),
     (["msgd", "ddp", "--budget", "0.00001s"], "budget=1e-05s: one evaluation takes .* give a larger budget"),
@@ -367,6 +369,44 @@ def test_each_entry_runs_at_its_own_best_step_size(made_up: dict[str, Any], tmp_
     made_up["runs"].clear()
     play(comparison, tmp_path)
     assert made_up["runs"] == []
+
+
+def test_a_trial_is_long_enough_for_the_workers_to_meet() -> None:
+    """Of 40 steps a quarter would be 10, and with τ = 10 the center would not have moved."""
+    lengths = []
+
+    def tried(values: dict[str, float], steps: int) -> dict[str, Any]:
+        lengths.append(steps)
+        return trial(values["lr"])
+
+    given = [{"lr": lr} for lr in (0.1, 0.2, 0.3)]
+    tuning.search(given, 40, tried, least=21)
+    assert lengths == [21, 21, 21, 21, 21]
+    tuning.search(given, 15, tried, least=21)
+    assert lengths[5:] == [15] * 5  # no trial is longer than a compared run
+
+
+def test_ctrl_c_after_the_last_step_of_a_run_keeps_it_and_stops_the_comparison(
+    made_up: dict[str, Any], tmp_path: Path
+) -> None:
+    made_up["outcome"] = lambda entry, config: {"interrupts": int(entry.label == "msgd")}
+    comparison = make_comparison(entries=["msgd", "ddp"], seeds=1, steps=7)
+    with pytest.raises(Interrupted):
+        play(comparison, tmp_path)
+    assert [run[0] for run in made_up["runs"]] == ["msgd"]
+    play(comparison, tmp_path)
+    assert [run[0] for run in made_up["runs"]] == ["msgd", "ddp"]
+
+
+def test_a_best_step_size_at_the_edge_is_told_in_the_report(made_up: dict[str, Any], tmp_path: Path) -> None:
+    best = {"msgd": 0.5, "ddp": 0.1}
+    made_up["outcome"] = lambda entry, _: {"test_error": abs(entry.rule.lr - best[entry.label])}
+    one = play(make_comparison(entries=["msgd", "ddp"], seeds=1, steps=100, tune=True), tmp_path)
+    found = edges(one.state)
+    assert list(found) == ["msgd"] and found["msgd"].startswith("best step size 0.5 is the largest that was tried")
+    text = markdown(one.comparison, standings(one.records, 0.1), one.state)
+    assert "| msgd |  | its best step size 0.5 is the largest" in text
+    assert "msgd lr=0.05 momentum=0.9; ddp lr=0.1 optimizer=sgd momentum=0.9" in text
 
 
 def test_a_search_with_a_failed_trial_decides_nothing_until_it_has_been_run_again(

@@ -102,3 +102,13 @@ def test_a_check_leaves_statistics_modes_and_randomness_alone():
 def test_a_network_without_a_row_of_scores_is_refused():
     with pytest.raises(ValueError, match=r"Conv2d returns Tensor\[1, 4, 3, 3\]: a classifier returns one tensor"):
         models.check(nn.Conv2d(3, 4, 3), (3, 5, 5))
+
+
+@pytest.mark.parametrize("name, shape, batch_size, threads", [
+    ("mlp", (1, 8, 8), 32, 1), ("mlp", (1, 8, 8), 4096, 8), ("cifar7", (3, 28, 28), 128, 8),
+    ("cifar7", (3, 28, 28), 1, 8), ("resnet18", (3, 32, 32), 32, 8),
+])  # fmt: skip
+def test_a_minibatch_too_small_to_be_worth_dividing_gets_one_thread(name, shape, batch_size, threads):
+    model = models.build(name, shape=shape, classes=10)
+    assert models.worth_threads(model, shape, batch_size, 8) == threads
+    assert models.worth_threads(model, shape, batch_size, 1) == models.worth_threads(model, shape, batch_size, 0) == 1

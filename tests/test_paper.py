@@ -111,7 +111,7 @@ def test_an_experiment_runs_goes_on_and_is_drawn(paper: Any, tmp_path: Path) -> 
         assert {"date", "commit", "load", "hardware", "versions", "scale", "settings", "curve"} <= set(row)
         assert row["status"] == "done" and not row["trial"] and "data_dir" not in row["settings"]
     again = script("run", *words)
-    assert (again.returncode, again.stdout) == (0, "")
+    assert again.returncode == 0 and "test error" in done.stdout and "test error" not in again.stdout
     assert len((tmp_path / "passm.jsonl").read_text().splitlines()) == 3
     other = script("run", *words, "--data-scale", "0.5")
     assert other.returncode and "data_scale=0.5: the experiment in" in other.stderr
@@ -121,7 +121,7 @@ def test_an_experiment_runs_goes_on_and_is_drawn(paper: Any, tmp_path: Path) -> 
     runs = paper.rows.read(tmp_path, "passm")
     text = "\n".join(paper.make_results.section(paper.experiments["passm"], runs))
     assert "passm --scale 0.01 --seeds 1 --data digits --model mlp --tune-cost 0\n" in text
-    assert "| passm+ lr=0.01 | done | 0.01 | 4 |" in text
+    assert "| passm+ lr=0.01 | done | 0.01, momentum=0.9 | 4 |" in text
     assert re.search(r"\| passm\+ takes 1.2 times .* \| not decided \| [\d.]+ times", text)
     assert eventually(lambda: not children())
 
@@ -134,6 +134,7 @@ def test_an_experiment_runs_goes_on_and_is_drawn(paper: Any, tmp_path: Path) -> 
     (["run", "passm", "--data", "digits", "--model", "mlp", "--data-scale", "0.01"], "batch_size=128 x workers=4"),
     (["run", "cifar"], "invalid choice: 'cifar'"),
     (["draw", "cifar"], "cifar: no such experiment; choose of cifar-tau"),
+    (["draw", "--rows", "/nowhere"], "there are no rows in /nowhere; run run.py first"),
     (["draw", "imagenet-p", "--rows", "/nowhere"], "there are no rows in /nowhere; run run.py imagenet-p first"),
 ])  # fmt: skip
 def test_a_mistake_gets_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_passm_is_called_sooner_only_where_all_runs_say_so(
 
 def test_runs_without_curves_and_with_losses_that_are_no_numbers_are_drawn(paper: Any) -> None:
     bad = {"t": 0, "samples": 0, "train_loss": math.nan, "test_loss": math.nan, "test_error": 0.9}
-    about = {"settings": {"model": "m", "batch_size": 1}, "scale": 1.0}
+    about = {"settings": {"model": "m", "data": "d", "batch_size": 1}, "scale": 1.0}
     for curve in ([], [bad], [bad, bad | {"t": 1, "train_loss": 2.0}]):
         runs = paper.rows.Runs([record("passm+ lr=0.01", 0, 0.9, status="failed") | about | {"curve": curve}], [])
         assert paper.draw.figure(paper.experiments["passm"], runs).axes

@@ -61,8 +61,8 @@ def heading(experiment: Experiment, runs: Runs) -> str:
     """What is shown, on what, at which scale."""
     settings, seeds = runs.about["settings"], {one["seed"] for one in runs.compared}
     return (
-        f"{experiment.source}\n{settings['model']}, {runs.about['scale']:g} of the full length, batches of "
-        f"{settings['batch_size']}, n = {len(seeds)}"
+        f"{experiment.source}\n{settings['model']} on {settings['data']}, {runs.about['scale']:g} of the full length, "
+        f"batches of {settings['batch_size']}, n = {len(seeds)}"
     )
 
 
@@ -112,14 +112,13 @@ def _draw(ax: Axes, x: str, measure: str, runs: Sequence[Record], look: tuple[st
 
 def _frame(ax: Axes, measure: str, runs: Runs) -> None:
     """The heights of a row of plots: what lies far above the start says no more than that it does."""
-    if measure == "test_error":
-        ax.set_ylim(0, 100)
-        return
-    values = [point[measure] for one in runs.compared for point in one["curve"] if np.isfinite(point[measure])]
-    starts = [one["curve"][0][measure] for one in runs.compared if one["curve"]]
+    factor = 100 if measure == "test_error" else 1
+    values = [factor * point[measure] for one in runs.compared for point in one["curve"] if np.isfinite(point[measure])]
+    starts = [factor * one["curve"][0][measure] for one in runs.compared if one["curve"]]
     start = max((one for one in starts if np.isfinite(one)), default=None)
     if start is not None:
-        ax.set_ylim(0 if min(values) < start / 2 else None, 1.15 * start)
+        low, high = min(values), min(max(values), 1.1 * start)
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6)
 
 
 def main() -> None:
@@ -128,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the rows (default bench/results/paper)")
     parser.add_argument("--out", type=Path, default=PICTURES, help="folder of the pictures (default docs/pictures)")
     given = parser.parse_args()
+    drawn = 0
     for name in given.names or EXPERIMENTS:
         if name not in EXPERIMENTS:
             raise SystemExit(f"draw.py: error: {name}: no such experiment; choose of {', '.join(EXPERIMENTS)}.")
@@ -136,8 +136,11 @@ def main() -> None:
             given.out.mkdir(parents=True, exist_ok=True)
             figure(EXPERIMENTS[name], runs).savefig(given.out / f"paper-{name}.png", dpi=100)
             print(given.out / f"paper-{name}.png")
+            drawn += 1
         elif given.names:
             raise SystemExit(f"draw.py: error: {name}: there are no rows in {given.rows}; run run.py {name} first.")
+    if not drawn:
+        raise SystemExit(f"draw.py: error: there are no rows in {given.rows}; run run.py first.")
 
 
 if __name__ == "__main__":

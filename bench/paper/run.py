@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -43,18 +44,22 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--scale", type=float, default=1.0, help="fraction of the full length (default 1)")
     made.add_argument("--data-scale", type=float, default=1.0, help="fraction of the pictures (default 1)")
     made.add_argument("--seeds", type=int, default=3, help="runs of each entry (default 3)")
-    made.add_argument("--tune-cost", type=float, help="what a search of the step size may cost, in runs; 0 for none")
+    made.add_argument("--tune-cost", type=float, help="what the search of an entry's step size may cost, in "
+                      "runs; 0 for none (default 1.75, where the experiment has one)")  # fmt: skip
     made.add_argument("--out", type=Path, help="folder of the runs (default runs/paper/NAME-SCALE)")
     made.add_argument("--rows", type=Path, default=ROWS, help="folder of the rows (default bench/results/paper)")
     made.argument_default = argparse.SUPPRESS
-    add_config_flags(made.add_argument_group("as in easgd-local train"), FLAGS)
+    group = made.add_argument_group("as in easgd-local train; the defaults are the experiment's, see --list")
+    add_config_flags(group, FLAGS)
+    for action in group._group_actions:
+        action.help = re.sub(r"; default .*$| \(default .*\)$", "", action.help or "")
     return made
 
 
 def main() -> None:
     given = parser().parse_args()
     if given.list or given.name is None:
-        print("\n".join(f"{one.name:<12} {len(one.entries):>3} entries  {one.source}" for one in EXPERIMENTS.values()))
+        print("\n".join(map(described, EXPERIMENTS.values())))
         return
     experiment = EXPERIMENTS[given.name]
     flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
@@ -66,6 +71,13 @@ def main() -> None:
         raise SystemExit(f"run.py: error: {error}") from None
     except (KeyboardInterrupt, Interrupted):
         raise SystemExit("run.py: interrupted; the same command goes on.") from None
+
+
+def described(experiment: Experiment) -> str:
+    length = f"{experiment.steps:,} steps" if experiment.epochs is None else f"{experiment.epochs:g} epochs"
+    flags = ", ".join(f"{name} {value}" for name, value in experiment.common.items())
+    entries = f"{len(experiment.entries)} entries, {length} at scale 1, {flags}"
+    return f"{experiment.name}: {experiment.source}\n    {entries}"
 
 
 def run(experiment: Experiment, given: argparse.Namespace, flags: dict[str, Any]) -> None:
@@ -91,6 +103,7 @@ def run(experiment: Experiment, given: argparse.Namespace, flags: dict[str, Any]
                 f"data_scale={given.data_scale:g}: the experiment in {folder} was started with "
                 f"{known['data_scale']:g}; leave it as it was, or give another --out."
             )
+        print(f"{len(comparison.entries)} entries, {len(comparison.run_seeds)} seeds; folder {folder}", flush=True)
         try:
             for line in contest.run():
                 print(line, flush=True)
@@ -100,6 +113,7 @@ def run(experiment: Experiment, given: argparse.Namespace, flags: dict[str, Any]
         failed = [f"{one['label']} seed {one['seed']}" for one in contest.records if one["status"] == "failed"]
         if failed:
             raise ValueError(f"{', '.join(failed)}: failed; the same command runs what failed again.")
+        print(f"rows: {file.name}; draw them with python bench/paper/draw.py {experiment.name} --rows {given.rows}")
 
 
 def write(contest: Contest, file: TextIO, common: Row) -> None:

@@ -93,6 +93,8 @@ def _parse(text: str, model: str) -> Entry:
 def _entrant(name: str) -> type[Rule]:
     if name in ENTRANTS:
         return ENTRANTS[name]
+    if "=" in name:
+        raise ValueError(f"entry={name}: a flag belongs into one word with its rule; write it like 'eamsgd {name}'.")
     near = get_close_matches(name.lower().replace("_", "-"), ENTRANTS, n=2)
     hint = f"did you mean {' or '.join(near)}?" if near else "choose one of them."
     raise ValueError(f"entry={name}: the entries are {', '.join(ENTRANTS)}; {hint}")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DASHES = ("-", "--", ":")
 FEW = 40  # points that are marked one by one
+FAR = 3  # times the median length, beyond which a picture is cut
 
 
 def figure(records: Sequence[Record], target: float, heading: str) -> Figure:
@@ -36,6 +37,7 @@ def figure(records: Sequence[Record], target: float, heading: str) -> Figure:
                 _draw(ax, x, runs, LINES[number % len(LINES)], DASHES[number // len(LINES) % len(DASHES)])
             ax.axhline(100 * target, color="black", linestyle=(0, (1, 3)), linewidth=1.2, label="target")
             ax.set(xlabel=text, yscale="log")
+            _cut(ax, x, records)
             ax.xaxis.set_major_formatter(thousands())
             decades(ax.yaxis)
         axes[0].set_ylabel("test error (%)")
@@ -43,6 +45,15 @@ def figure(records: Sequence[Record], target: float, heading: str) -> Figure:
         fig.legend(named.values(), named.keys(), loc="outside lower center", ncol=min(4, len(named)), frameon=False)
         fig.suptitle(heading, fontsize=14, fontweight="bold")
     return fig
+
+
+def _cut(ax: Axes, x: str, records: Sequence[Record]) -> None:
+    """One entry that takes far longer than the others must not press them all to the edge."""
+    ends = sorted(one["curve"][-1][x] for one in records if one["curve"])
+    usual = ends[len(ends) // 2] if ends else 0
+    if ends and ends[-1] > FAR * usual > 0:
+        ax.set_xlim(-0.03 * FAR * usual, FAR * usual)
+        ax.set_xlabel(f"{ax.get_xlabel()}\n(the longest goes on to {ends[-1]:,.3g})")
 
 
 def _draw(ax: Axes, x: str, runs: Sequence[Record], colour: str, dash: str) -> None:
