@@ -32,7 +32,7 @@ FLAGS = (
     "center-momentum outer-lr outer-momentum "
     "workers device data data-dir image-size memory-budget model steps epochs batch-size weight-decay sampling seed "
     "turns schedule warmup lr-step lr-decay "
-    "precision buffers block-bytes threads eval-every eval-samples checkpoint-every keep out on-failure "
+    "precision channels-last buffers block-bytes threads eval-every eval-samples checkpoint-every keep out on-failure "
     "tensorboard resume"
 ).split()
 
@@ -579,7 +579,7 @@ def test_help_describes_every_flag_and_its_default(capsys: pytest.CaptureFixture
             assert re.sub(r"\s+", " ", one.metadata["help"])[:40] in text
             if one.default not in (None, False):
                 assert re.search(rf"\((.*: |default ){re.escape(str(one.default))}[;)]", text)
-            elif name not in {"tensorboard", "rho", "epochs", "seed", "checkpoint-every", "lr-step"}:
+            elif name not in {"tensorboard", "channels-last", "rho", "epochs", "seed", "checkpoint-every", "lr-step"}:
                 assert "default" in text
 
 

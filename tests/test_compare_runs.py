@@ -189,10 +189,10 @@ def patched_steps(monkeypatch: pytest.MonkeyPatch) -> bool:
     """Rules make few steps, whatever is asked for: only the rival is to have time to die."""
     from easgd_local.compare import contest
 
-    def few(entry: Any, config: Any) -> dict[str, Any]:
+    def few(entry: Any, config: Any, dataset: Any) -> dict[str, Any]:
         from dataclasses import replace
 
-        return measure(entry, config if entry.is_rival else replace(config, steps=6))
+        return measure(entry, config if entry.is_rival else replace(config, steps=6), dataset)
 
     monkeypatch.setattr(contest, "measure", few)
     return True
@@ -237,10 +237,10 @@ def interrupt_at(patch: pytest.MonkeyPatch, t: int, during: str, number: int) ->
 
 def test_an_interrupted_run_is_told_apart_from_a_failed_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     comparison = command.make_comparison(**SMALL)
-    monkeypatch.setattr(training, "train", lambda config: {"status": "interrupted"})
+    monkeypatch.setattr(training, "train", lambda config, dataset: {"status": "interrupted"})
     config = comparison.config(comparison.entries[0], steps=3, out=str(tmp_path / "run"))
     with pytest.raises(Interrupted):
         measure(comparison.entries[0], config)
     with contextlib.suppress(Interrupted):
-        monkeypatch.setattr(training, "train", lambda config: (_ for _ in ()).throw(RuntimeError("boom")))
+        monkeypatch.setattr(training, "train", lambda config, dataset: (_ for _ in ()).throw(RuntimeError("boom")))
         assert measure(comparison.entries[0], config)["cause"] == "RuntimeError: boom"
