@@ -89,6 +89,7 @@ def _draw_panel(
         for ax, measure in zip(column, MEASURES, strict=True):
             _draw(ax, experiment.against, measure, own, looks[name], name)
     column[-1].set_xlabel(AGAINST[experiment.against])
+    column[-1].locator_params(axis="x", nbins=5)
     column[-1].xaxis.set_major_formatter(thousands())
 
 

@@ -131,8 +131,9 @@ def _instability(runs: Runs, found: Found) -> Finding:
         f"τ = {tau}: " + (f"{100 * one[lr]['test_error']:.1f} %" if one[lr]["status"] == "done" else one[lr]["status"])
         for tau, one in tried.items()
     )
-    steps = tried[1][lr]["wanted_steps"]
-    return Finding(claim, together(answers), f"trials of {steps} steps at lr = {lr:g}: {', '.join(told)}")
+    first = tried[1][lr]
+    numbers = f"trials of {first['wanted_steps']} steps at lr = {first['lr']:g}: {', '.join(told)}"
+    return Finding(claim, together(answers), numbers)
 
 
 def _learned(trial: Record) -> bool:
