@@ -40,8 +40,12 @@ def figure(experiment: Experiment, runs: Runs) -> Figure:
     looks = _looks(experiment)
     with rc_context(LOOKS):
         columns = len(experiment.panels)
-        fig = Figure(figsize=(3.2 + 3.3 * columns, 9.6), layout="constrained")
-        axes = fig.subplots(len(MEASURES), columns, sharex="col", sharey="row", squeeze=False)
+        if columns == 1:
+            fig = Figure(figsize=(15, 5.2), layout="constrained")
+            axes = fig.subplots(1, len(MEASURES), squeeze=False).T
+        else:
+            fig = Figure(figsize=(3.2 + 3.3 * columns, 9.6), layout="constrained")
+            axes = fig.subplots(len(MEASURES), columns, sharex="col", sharey="row", squeeze=False)
         for panel, column in zip(experiment.panels, axes.T, strict=True):
             _draw_panel(column, experiment, panel, runs, looks)
         for ax, text in zip(axes[:, 0], MEASURES.values(), strict=True):
@@ -60,9 +64,10 @@ def figure(experiment: Experiment, runs: Runs) -> Figure:
 def heading(experiment: Experiment, runs: Runs) -> str:
     """What is shown, on what, at which scale."""
     settings, seeds = runs.about["settings"], {one["seed"] for one in runs.compared}
+    scale = "the full length" if runs.about["scale"] == 1 else f"{runs.about['scale']:g} of the full length"
     return (
-        f"{experiment.source}\n{settings['model']} on {settings['data']}, {runs.about['scale']:g} of the full length, "
-        f"batches of {settings['batch_size']}, n = {len(seeds)}"
+        f"{experiment.source}\n{settings['model']} on {settings['data']}, {scale}, batches of "
+        f"{settings['batch_size']}, n = {len(seeds)}"
     )
 
 
@@ -88,9 +93,10 @@ def _draw_panel(
         name = short(experiment, label)
         for ax, measure in zip(column, MEASURES, strict=True):
             _draw(ax, experiment.against, measure, own, looks[name], name)
-    column[-1].set_xlabel(AGAINST[experiment.against])
-    column[-1].locator_params(axis="x", nbins=5)
-    column[-1].xaxis.set_major_formatter(thousands())
+    for ax in column if len(experiment.panels) == 1 else column[-1:]:
+        ax.set_xlabel(AGAINST[experiment.against])
+        ax.locator_params(axis="x", nbins=5)
+        ax.xaxis.set_major_formatter(thousands())
 
 
 def _draw(ax: Axes, x: str, measure: str, runs: Sequence[Record], look: tuple[str, str], name: str) -> None:
