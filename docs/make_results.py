@@ -35,12 +35,13 @@ did.
 
 
 def page() -> str:
-    parts = [OPENING]
+    parts, missing = [OPENING], []
     for experiment in EXPERIMENTS.values():
         runs = read(ROWS, experiment.name)
-        if runs is not None:
+        if runs is None:
+            missing.append(experiment)
+        else:
             parts += section(experiment, runs)
-    missing = [one for one in EXPERIMENTS.values() if read(ROWS, one.name) is None]
     if missing:
         listed = "\n".join(f"- `{one.name}`: {one.source}" for one in missing)
         parts += ["## Not run yet", f"`python bench/paper/run.py NAME` runs them:\n\n{listed}"]

@@ -195,9 +195,11 @@ def _spelt(shape: Shape) -> str:
 def worth_threads(model: nn.Module, shape: Shape, batch_size: int, cores: int) -> int:
     """Threads for a worker that has so many cores: one for each, but one alone where a minibatch is so small that
     threads would wait for each other longer than they compute."""
-    if cores < 2 or batch_size * multiplications(model, shape) < DIVISIBLE:
+    if cores < 2:
         return 1
-    return cores
+    weights = sum(one.numel() for one in model.parameters())  # of large models enough is known without a forward pass
+    large = batch_size * weights >= DIVISIBLE or batch_size * multiplications(model, shape) >= DIVISIBLE
+    return cores if large else 1
 
 
 def multiplications(model: nn.Module, shape: tuple[int, int, int]) -> int:

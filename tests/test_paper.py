@@ -246,7 +246,9 @@ def test_a_run_that_diverged_is_worse_than_any_that_did_not(paper: Any) -> None:
 
 
 @pytest.mark.parametrize("late, verdict", [
-    ({"status": "diverged"}, "confirmed"), ({"test_error": 0.9}, "confirmed"), ({"test_error": 0.5}, "refuted"),
+    ({"status": "diverged"}, "confirmed"), ({"test_error": 0.9, "train_loss": 3.0}, "confirmed"),
+    ({"test_error": 0.9, "train_loss": 2.3}, "refuted"),  # slow, but not unstable
+    ({"test_error": 0.5, "train_loss": 3.0}, "refuted"),
 ])  # fmt: skip
 def test_downpour_is_called_unstable_where_the_same_step_size_no_longer_learns(
     paper: Any, late: dict[str, Any], verdict: str
@@ -256,7 +258,10 @@ def test_downpour_is_called_unstable_where_the_same_step_size_no_longer_learns(
     for one in trials[2:]:
         one |= late
     trials += [record(own[2], 3, 0.5, lr=0.00506, steps=20)]  # a longer trial at the same step size does not count
-    assert verdicts(paper, sweep(paper, {}, trials))["downpour is very unstable at τ = 16 and 64"] == verdict
+    runs = sweep(paper, {}, trials)
+    for one in runs.compared:
+        one["curve"] = [{"train_loss": loss, "test_error": 0.9} for loss in (2.3, 1.5)]
+    assert verdicts(paper, runs)["downpour is very unstable at τ = 16 and 64"] == verdict
 
 
 def test_the_newest_rows_of_the_scale_run_last_are_read(paper: Any, tmp_path: Path) -> None:

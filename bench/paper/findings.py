@@ -22,6 +22,7 @@ Found = Mapping[str, Standing]
 TAUS = (1, 4, 16, 64)
 NONE_DONE = Spread(0, math.inf, math.inf, math.inf, math.inf, 0.0)
 SOONER = 1.2  # times
+LEAP = 1.1  # times the training loss at the start, which learning does not reach
 GUESS = 0.9  # of ten classes: the share that a guess gets wrong
 
 
@@ -112,12 +113,14 @@ def _mean(one: Spread | None) -> float:
 
 
 def _instability(runs: Runs, found: Found) -> Finding:
-    """DOWNPOUR at the largest step size that was tried at every τ: does it learn at τ = 1, and not at 16 and 64?
+    """DOWNPOUR at the largest step size that was tried at every τ: does it learn at τ = 1, and not at 16 and 64, where
+    a training loss has leapt above that of the start, in this trial, in another or in a compared run?
 
     Step sizes are the same if their first digit is; of several trials at one the shortest counts.
     """
     tried: dict[int, dict[float, Record]] = {}
-    for tau, (label, _) in _by_tau(found, "downpour").items():
+    labels = {tau: label for tau, (label, _) in _by_tau(found, "downpour").items()}
+    for tau, label in labels.items():
         own = sorted((one for one in runs.trials if one["label"] == label), key=lambda one: -one["wanted_steps"])
         tried[tau] = {float(f"{one['lr']:.0e}"): one for one in own}
     common = set.intersection(*(set(one) for one in tried.values()))
@@ -126,14 +129,26 @@ def _instability(runs: Runs, found: Found) -> Finding:
         return Finding(claim, "not decided", "no step size was tried at every τ")
     lr = max(common)
     learned = {tau: _learned(one[lr]) for tau, one in tried.items()}
-    answers = [learned[1], not learned[16], not learned[64]]
+    worst = {tau: _worst_loss(runs, label) for tau, label in labels.items()}
+    answers = [learned[1], *(not learned[tau] and worst[tau] > LEAP for tau in (16, 64))]
     told = (
         f"τ = {tau}: " + (f"{100 * one[lr]['test_error']:.1f} %" if one[lr]["status"] == "done" else one[lr]["status"])
         for tau, one in tried.items()
     )
     first = tried[1][lr]
     numbers = f"trials of {first['wanted_steps']} steps at lr = {first['lr']:g}: {', '.join(told)}"
-    return Finding(claim, together(answers), numbers)
+    losses = ", ".join(f"{one:.3g}" for one in worst.values())
+    return Finding(claim, together(answers), f"{numbers}; largest training loss of all runs over the start's: {losses}")
+
+
+def _worst_loss(runs: Runs, label: str) -> float:
+    """The largest training loss of an entry's evaluations and trials, in units of that at the start."""
+    own = [one for one in runs.compared if one["label"] == label]
+    start = next((one["curve"][0]["train_loss"] for one in own if one["curve"]), math.nan)
+    losses = [point["train_loss"] for one in own for point in one["curve"]]
+    losses += [one.get("train_loss", math.nan) for one in runs.trials if one["label"] == label]
+    diverged = any(one["status"] == "diverged" for one in (*own, *runs.trials) if one["label"] == label)
+    return math.inf if diverged else max((one / start for one in losses if math.isfinite(one)), default=math.nan)
 
 
 def _learned(trial: Record) -> bool:

@@ -113,7 +113,7 @@ class Contest:
             raise Interrupted
 
     def _save(self) -> None:
-        write_json(self.folder / RESULTS, self.state)
+        write_json(self.folder / RESULTS, {name: one for name, one in self.state.items() if name != "trials"})
 
     # Before the compared runs
 
