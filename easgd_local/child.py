@@ -25,9 +25,12 @@ class Refusal(ValueError):
     """
 
 
-def enter(main: Callable[..., None], conn: Connection, log: Path, handles: int, args: tuple[Any, ...]) -> None:
+def enter(
+    main: Callable[..., None], conn: Connection, log: Path, handles: int, args: tuple[Any, ...],
+    environment: dict[str, str],
+) -> None:  # fmt: skip
     """Runs `main(conn, fds, *args)` as a good child: its own process group, killed when the launcher dies, its output
-    in `log`, its exceptions told to the launcher in full.
+    in `log`, its exceptions told to the launcher in full, the launcher's environment (the fork server's is older).
 
     `handles` file descriptors are received from the launcher first; the child starts work only with them in hand, so
     the launcher is sure to watch it by then.
@@ -38,6 +41,7 @@ def enter(main: Callable[..., None], conn: Connection, log: Path, handles: int, 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setpgid(0, 0)
     _die_with_parent()
+    _adopt(environment)
     _redirect_output(log)
     try:
         main(conn, [recv_handle(conn) for _ in range(handles)], *args)
@@ -47,6 +51,24 @@ def enter(main: Callable[..., None], conn: Connection, log: Path, handles: int, 
         traceback.print_exc()
         conn.send(failure(error))
         sys.exit(1)
+
+
+def _adopt(environment: dict[str, str]) -> None:
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+def answer(function: Callable[[], Any], conn: Connection, environment: dict[str, str]) -> None:
+    """Sends (True, what the function returns) or (False, the exception that it raises)."""
+    global inside
+    inside = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _adopt(environment)
+    try:
+        conn.send((True, function()))
+    except Exception as error:
+        conn.send((False, error))
 
 
 def failure(error: Exception) -> tuple[str, str, str, bool]:

@@ -17,7 +17,10 @@ MAX_STEPS = 10**12  # more than anybody makes, and turn numbers stay far below 2
 
 # Fields that may differ between a run and its continuation: none of them changes what is computed up to the old end.
 RESUMABLE = frozenset(
-    {"steps", "epochs", "workers", "eval_every", "checkpoint_every", "keep", "on_failure", "out", "tensorboard"}
+    {
+        "steps", "epochs", "workers", "eval_every", "checkpoint_every", "keep", "on_failure", "out", "tensorboard",
+        "exchange",
+    }
 )
 
 
@@ -66,7 +69,19 @@ class Config:
     warmup: int = flag(0, "steps in which the step size grows from nothing to what the schedule says")
     lr_step: int | None = flag(None, "schedule step: steps from one decay to the next")
     lr_decay: float | None = flag(None, "schedule step: factor of each decay; default 0.1")
-    precision: Literal["fp32", "bf16"] = flag("fp32", "precision of forward and backward; x, c and g stay float32")
+    precision: Literal["fp32", "bf16", "fp16"] = flag(
+        "fp32", "precision of forward and backward, fp16 with a scaled loss; x, c and g stay float32"
+    )
+    compile: bool = flag(False, "compile the model by torch.compile: slow to start, rounded otherwise")
+    tf32: bool = flag(False, "cuda: let matrix products and convolutions of float32 round their inputs to 10 bits")
+    nondeterministic: bool = flag(
+        False, "cuda: let torch choose the fastest algorithms, so that two runs may differ in the last bits"
+    )
+    exchange: Literal["auto", "overlap", "inline", "zerocopy"] = flag(
+        "auto",
+        "cuda: overlap carries blocks of the center to the GPU beside the gradient, inline before it, zerocopy works "
+        "on them through the link; default zerocopy for small models and coherent links",
+    )
     channels_last: bool = flag(
         False,
         "pictures with the channels of each pixel together in memory: often faster in convolutions; rounded otherwise",

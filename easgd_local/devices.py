@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_float
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from easgd_local.backend.cpu import CpuOps, vector
-from easgd_local.backend.cuda import CudaOps, Gpu, Transfer
+from easgd_local.backend.cpu import CpuOps
+from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu, Transfer
 from easgd_local.center import Center
+from easgd_local.graphics import Graphics
+from easgd_local.memory import MainMemory, Memory
 from easgd_local.schedules import Calendar
-from easgd_local.stream_turns import StreamTurns
+from easgd_local.stream_turns import ORDERS, Link, StreamTurns
 from easgd_local.turns import FreeTurns, NoTurns, StrictTurns, TogetherTurns, Turns
 
 Array = NDArray[np.float32]
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"  # queues of the device: fewer than streams would put one behind another
 
 
-class Place(Protocol):
+class Place(Memory, Protocol):
     """What a worker needs of its device. `shared` are the center's vectors as rules see them in an exchange."""
 
     ops: Any
     shared: Mapping[str, Any]
 
-    def vector(self, n: int) -> Any:
-        """n zeros."""
-
     def load(self, y: Any, values: Array) -> None:
         """y <- values."""
 
     def host(self, x: Any) -> Array:
-        """The values of x, for reading."""
+        """The values of x, for reading, when everything enqueued is done."""
 
     def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Callable[[slice], None]) -> Turns:
         """The worker's way to the center in this order of turns."""
 
+    def step_made(self) -> None:
+        """The worker has made a step, or enqueued it: waits if it is too far ahead of its device."""
 
-class OnCpu:
+    def drain(self) -> None:
+        """Returns when everything enqueued is done."""
+
+    def close(self, *, drained: bool) -> None:
+        """Gives everything back; what is not drained is left to the end of the process."""
+
+
+class OnCpu(MainMemory):
     """Main memory and NumPy; waits for turns in place."""
 
     def __init__(self, center: Center, rank: int, calendar: Calendar) -> None:
+        super().__init__()
         self._center, self._rank, self._calendar = center, rank, calendar
         self.ops, self.shared = CpuOps(), center.vectors
-
-    def vector(self, n: int) -> Array:
-        return vector(n)
 
     def load(self, y: Array, values: Array) -> None:
         np.copyto(y, values)
@@ -62,33 +73,77 @@ class OnCpu:
         rounds = {"strict": StrictTurns, "together": TogetherTurns}[order]
         return rounds(center, rank, self._calendar, hold, first_round, close)
 
+    def step_made(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+    def close(self, *, drained: bool) -> None: ...
+
 
 class OnGpu:
-    """Memory and streams of a device; turns are waited for by the device. Close `gpu` before the center.
+    """Memory and streams of a device; turns are waited for by the device. Rules' vectors are `DeviceVector`s.
 
-    Only strict turns can be enqueued yet. Rules' vectors are `DeviceVector`s.
+    torch computes on the stream `training` of the same device, or, where the driver is one that only pretends, on the
+    processor, in the memory that is taken for the device's.
     """
 
-    def __init__(self, center: Center, rank: int, calendar: Calendar, gpu: Gpu) -> None:
-        self.gpu, self.ops, self._transfer = gpu, CudaOps(gpu), Transfer(gpu)
-        self._turns = StreamTurns(center, rank, calendar, gpu, self.ops)
-        self.shared = self._turns.staged
+    def __init__(self, center: Center, rank: int, calendar: Calendar, graphics: Graphics) -> None:
+        os.environ.setdefault(CONNECTIONS, "32")
+        number = graphics.device_of(rank)
+        self._pretended = graphics.pretended
+        self.device, handle = torch.device("cpu"), 0
+        if not graphics.pretended:
+            self.device = torch.device("cuda", number)
+            torch.cuda.set_device(self.device)
+            self._stream = torch.cuda.Stream(self.device)
+            torch.cuda.set_stream(self._stream)
+            handle = self._stream.cuda_stream
+        self.gpu = Gpu(graphics.images_for(rank), number, handle)
+        self.ops, self._transfer = CudaOps(self.gpu), Transfer(self.gpu)
+        self._link = Link(center, self.gpu, self.ops, graphics.exchange)
+        self._rank, self._calendar, self._words = rank, calendar, graphics.words
+        self.shared = self._link.shared
 
-    def vector(self, n: int) -> Any:
+    def vector(self, n: int) -> DeviceVector:
         new = self.gpu.allocate(n)
         self.gpu.training.fill(new.address, 0, n)
         return new
 
-    def load(self, y: Any, values: Array) -> None:
+    def tensor(self, x: DeviceVector) -> Tensor:
+        if self._pretended:
+            return torch.from_numpy(np.ctypeslib.as_array((c_float * len(x)).from_address(x.address)))
+        return torch.as_tensor(x, device=self.device) if len(x) else torch.empty(0, device=self.device)
+
+    def touch(self, reads: Sequence[DeviceVector], writes: Sequence[DeviceVector]) -> None:
+        self.ops.order(list(reads), list(writes))
+        if self._pretended:  # torch does not queue behind the training stream
+            self._turns.until(self.gpu.training.is_done)
+
+    def load(self, y: DeviceVector, values: Array) -> None:
         self.ops.wait_for_exchange()
         self._transfer.load(y, values)
 
-    def host(self, x: Any) -> Array:
-        self.ops.wait_for_exchange()
+    def host(self, x: DeviceVector) -> Array:
+        self.drain()
         return self._transfer.host(x)
 
     def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Callable[[slice], None]) -> Turns:
-        if order != "strict":
-            raise ValueError(f"turns={order}: on a GPU turns are taken in stream order, strict only; use turns=strict.")
-        self._turns.round = first_round
+        kind = ORDERS[order]
+        self._turns: StreamTurns = kind(self._link, self._rank, self._calendar, self._words, hold, first_round, close)
         return self._turns
+
+    def step_made(self) -> None:
+        self._turns.step_made()
+
+    def drain(self) -> None:
+        self._turns.drain()
+
+    def close(self, *, drained: bool) -> None:
+        if not drained:  # a stream may wait for somebody who never comes, and the driver would wait for the stream
+            self.gpu.abandon()
+        self.gpu.__exit__(None, None, None)
+
+
+def place_of(center: Center, rank: int, calendar: Calendar, graphics: Graphics | None) -> Place:
+    """The worker's place: on its GPU, or on the CPU without `graphics`."""
+    return OnCpu(center, rank, calendar) if graphics is None else OnGpu(center, rank, calendar, graphics)

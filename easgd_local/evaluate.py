@@ -65,7 +65,7 @@ def _score(
 ) -> tuple[float, float]:
     loss, wrong = 0.0, 0
     for images, labels in split.stream(_batches(indices)):
-        targets = torch.from_numpy(labels)
+        targets = data.to_device(torch.from_numpy(labels), torch.device(computing.device))
         with computing.context():
             answers = model(computing.inputs(data.prepare(images, dataset))).float()
         loss += F.cross_entropy(answers, targets, reduction="sum").item()
@@ -80,22 +80,27 @@ def _batches(indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 def main(conn: Connection, fds: list[int], plan: TrainingPlan, description: dict[str, Any]) -> None:
     """The evaluator process: for each question copies the center's snapshot, says "taken", answers with scores.
 
-    The workers are held meanwhile, so it may use all the cores.
+    The workers are held meanwhile, so it may use all the cores, and the first GPU where they use GPUs.
     """
     torch.set_num_threads(hardware.cores())
+    plan.computing.set_up()
     center = Center.attach(plan.layout, fds[0])
     dataset = data.from_memfd(fds[1] if len(fds) > 1 else None, description)
-    model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
+    device = torch.device(plan.computing.device)
+    model = models.build(plan.model, shape=plan.shape, classes=plan.classes).to(device)
     flat = Flat(model)
     copy = vector(flat.n)
-    flat.bind(copy)
+    x = torch.from_numpy(copy).to(device)  # the same memory on the CPU
+    flat.bind(x)
     conn.send(("ready",))
     while conn.recv() is not None:
         np.copyto(copy, center.snapshot[plan.rule.reported])
         np.copyto(copy[flat.buffers], center.snapshot["c"][flat.buffers])
         conn.send(("taken",))
         began = time.perf_counter()
+        x.copy_(torch.from_numpy(copy))
         if plan.buffers == "recalibrate":
             recalibrate(model, dataset, samples=plan.evaluation_samples)
         scores = evaluate(model, dataset, samples=plan.evaluation_samples, computing=plan.computing)
-        conn.send(("evaluated", asdict(scores), copy[flat.buffers].copy(), time.perf_counter() - began))
+        statistics = x[flat.buffers].cpu().numpy().copy()
+        conn.send(("evaluated", asdict(scores), statistics, time.perf_counter() - began))

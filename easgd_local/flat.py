@@ -142,23 +142,23 @@ class Flat:
         return x
 
     @torch.no_grad()
-    def bind(self, x: NDArray[np.float32]) -> None:
+    def bind(self, x: NDArray[np.float32] | Tensor) -> None:
         """The model computes with the memory of x from now on, with the values found there."""
-        flat = torch.from_numpy(x)
+        flat = _tensor(x)
         for entry, tensor in zip(self.entries, self._tensors, strict=True):
             tensor.data = entry.of(flat)
 
-    def strayed(self, x: NDArray[np.float32]) -> str | None:
+    def strayed(self, x: NDArray[np.float32] | Tensor) -> str | None:
         """The name of a parameter or buffer that no longer lies in the memory of x; None when all do."""
-        base = x.ctypes.data
+        base = _tensor(x).data_ptr()
         for entry, tensor in zip(self.entries, self._tensors, strict=True):
             if tensor.data_ptr() != base + 4 * entry.start and entry.stop > entry.start:
                 return entry.name
         return None
 
-    def bind_gradients(self, g: NDArray[np.float32]) -> None:
+    def bind_gradients(self, g: NDArray[np.float32] | Tensor) -> None:
         """Backward passes add to the memory of g from now on."""
-        flat = torch.from_numpy(g)
+        flat = _tensor(g)
         for entry, tensor in zip(self.entries, self._tensors, strict=True):
             if tensor.requires_grad:
                 tensor.grad = entry.of(flat)
@@ -186,7 +186,8 @@ class Flat:
         """The model's state dict as places in x, and copies of the tensors that are not in x."""
         now = self.model.state_dict()
         own = {name: now[name] for name, entry in self._places.items() if entry is None}
-        return Naming(self._places, {n: one.clone() if isinstance(one, Tensor) else one for n, one in own.items()})
+        copies = {name: one.cpu().clone() if isinstance(one, Tensor) else one for name, one in own.items()}
+        return Naming(self._places, copies)
 
     @torch.no_grad()
     def gather_buffers(self) -> None:
@@ -205,6 +206,10 @@ class Flat:
                 )
             ours.copy_(assigned)
             held[name] = ours
+
+
+def _tensor(x: NDArray[np.float32] | Tensor) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.from_numpy(x)
 
 
 def _check_memory(entries: list[Entry], tensors: list[Tensor]) -> None:

@@ -3,39 +3,65 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from easgd_local.backend.cpu import CpuOps, Vector, vector
-from easgd_local.data import Dataset, Sampler, order, prepare, step_rng
+from easgd_local.data import Dataset, MemorySplit, OnDevice, Sampler, order, prepare, step_rng, to_device
 from easgd_local.flat import Flat
+from easgd_local.loss_scale import scaled
+from easgd_local.memory import MainMemory, Memory
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARE_FOR_DATA = 0.25  # of the free memory of a device, for all of its workers together
 
 
 @dataclass(frozen=True)
 class Computing:
-    """How a model computes: the precision of forward and backward (one of PRECISIONS), and the order of a picture's
-    elements in memory: channel by channel (torch's default), or with the channels of each pixel together."""
+    """How a model computes: on the processor or a GPU (torch's name for it), the precision of forward and backward (one
+    of PRECISIONS), and the order of a picture's elements in memory: channel by channel (torch's default), or with the
+    channels of each pixel together. `compiled` by torch.compile; on a GPU `deterministic` algorithms only, and `tf32`
+    in matrix products and convolutions of float32."""
 
     precision: str = "fp32"
     channels_last: bool = False
+    device: str = "cpu"
+    compiled: bool = False
+    deterministic: bool = True
+    tf32: bool = False
 
     def context(self) -> contextlib.AbstractContextManager[object]:
-        """bfloat16 where torch holds that to be safe, or plain float32."""
-        if self.precision == "bf16":
-            return torch.autocast("cpu", torch.bfloat16)
-        return contextlib.nullcontext()
+        """bfloat16 or float16 where torch holds that to be safe, or plain float32."""
+        kind = PRECISIONS[self.precision]
+        return contextlib.nullcontext() if kind is None else torch.autocast(self.device, kind)
 
-    def inputs(self, pictures: np.ndarray) -> torch.Tensor:
-        """float32[b, C, H, W], of the same values: all layers keep the order in memory that they are given."""
-        made = torch.from_numpy(pictures)
-        return made.contiguous(memory_format=torch.channels_last) if self.channels_last else made
+    def inputs(self, pictures: np.ndarray | Tensor) -> Tensor:
+        """float32[b, C, H, W] on the device, of the same values: all layers keep the order in memory that they are
+        given."""
+        made = torch.from_numpy(pictures) if isinstance(pictures, np.ndarray) else pictures
+        made = made.contiguous(memory_format=torch.channels_last) if self.channels_last else made
+        return made if made.device.type == self.device else to_device(made, torch.device(self.device))
+
+    def set_up(self) -> None:
+        """Makes torch compute so in this process; before it starts CUDA."""
+        if self.device == "cpu":
+            return
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        torch.backends.cudnn.benchmark = not self.deterministic
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose as it likes
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """The model as it is called."""
+        return torch.compile(model) if self.compiled else model  # type: ignore[return-value]
 
 
 USUAL = Computing()
@@ -57,46 +83,70 @@ class Gradient:
         rank: int,
         weight_decay: float,
         computing: Computing = USUAL,
+        memory: Memory | None = None,
+        sharers: int = 1,
     ) -> None:
-        self.flat = Flat(model)
+        """Vectors are those of `memory`; `sharers` workers share its device."""
+        self._memory = MainMemory() if memory is None else memory
+        self._device = self._memory.device
+        self.flat = Flat(model.to(self._device))
         self.n, self.buffers = self.flat.n, self.flat.buffers
-        self.loss = float("nan")  # of the latest minibatch, without the weight decay term
+        self.loss: float | Tensor = float("nan")  # of the latest minibatch, without the weight decay term
+        self.loss_scale: Any = None  # for fp16: a vector of this memory that holds the state of `loss_scale`
         self.samples_per_step = sampler.batch_size
         self._model, self._dataset, self._sampler, self._rank = model.train(), dataset, sampler, rank
+        self._called = computing.model(model)
         self._weight_decay, self._computing = weight_decay, computing
-        self._g = vector(self.n)
-        self.flat.bind_gradients(self._g)
-        self._bound: Vector | None = None
+        self._g = self._memory.vector(self.n)
+        self.flat.bind_gradients(self._memory.tensor(self._g))
+        self._bound: Any = None
         self._next_t = -1
         self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
+        self._on_device = self._copied(sharers)
+
+    def _copied(self, sharers: int) -> OnDevice | None:
+        """The training pictures on the GPU, if there is one with room for them."""
+        train = self._dataset.train
+        if self._device.type == "cpu" or not isinstance(train, MemorySplit):
+            return None
+        free, _ = torch.cuda.mem_get_info(self._device)
+        if train.images.nbytes * sharers > SHARE_FOR_DATA * free:
+            return None
+        return OnDevice(train, self._dataset, self._device)
 
     @property
     def layers(self) -> list[slice]:
         """The coordinates of each trainable parameter tensor, in the model's order."""
         return [slice(entry.start, entry.stop) for entry in self.flat.trained]
 
-    def __call__(self, ops: CpuOps, t: int, at: Vector, only: slice | None = None) -> Vector:
+    def __call__(self, ops: Any, t: int, at: Any, only: slice | None = None) -> Any:
         """g at the point `at`, on the minibatch of clock t; also refreshes `loss` and the buffers in `at`.
 
         With `only`, the coordinates of some whole layers, zero elsewhere: the backward pass then computes no gradient
         of other parameters and ends below the first of these layers.
         """
         if at is not self._bound:
-            self.flat.bind(at)
+            self.flat.bind(self._memory.tensor(at))
             self._bound = at
         inputs, targets, seed = self._minibatch(t)
         torch.manual_seed(seed)
         ops.fill(self._g, 0.0)
+        self._memory.touch([at], [self._g, at[self.buffers]] if self.buffers.stop > self.buffers.start else [self._g])
         with self.flat.training(only), self._computing.context():
-            loss = F.cross_entropy(self._model(inputs), targets)
-        loss.backward()
-        self.loss = loss.item()
+            loss = F.cross_entropy(self._called(inputs), targets)
+        if self.loss_scale is None:
+            loss.backward()
+        else:
+            tensor = self._memory.tensor
+            self._memory.touch([], [self.loss_scale])
+            scaled(loss, tensor(self._g), tensor(self.loss_scale))
+        self.loss = loss.item() if self._device.type == "cpu" else loss.detach()
         trained = slice(0, self.flat.trainable) if only is None else only
         if self._weight_decay:
             ops.add_decay(self._g[trained], at[trained], self._weight_decay)  # g <- g + λx
         return self._g
 
-    def zero(self, ops: CpuOps) -> Vector:
+    def zero(self, ops: Any) -> Any:
         """g = 0: the gradient of a worker that has just been reloaded from the center."""
         ops.fill(self._g, 0.0)
         return self._g
@@ -106,12 +156,15 @@ class Gradient:
         if hasattr(self._batches, "close"):
             self._batches.close()
 
-    def _minibatch(self, t: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _minibatch(self, t: int) -> tuple[Tensor, Tensor, int]:
+        rng = step_rng(self._sampler.seed, self._rank, t)
+        if self._on_device is not None:
+            pictures, targets = self._on_device.batch(self._sampler.indices(t), rng)
+            return self._computing.inputs(pictures), targets, int(rng.integers(2**62))
         if t != self._next_t:
             self.close()
             self._batches = self._dataset.train.stream(order(self._sampler, t))
         self._next_t = t + 1
         images, labels = next(self._batches)
-        rng = step_rng(self._sampler.seed, self._rank, t)
-        pictures = prepare(images, self._dataset, rng)
-        return self._computing.inputs(pictures), torch.from_numpy(labels), int(rng.integers(2**62))
+        inputs = self._computing.inputs(prepare(images, self._dataset, rng))
+        return inputs, to_device(torch.from_numpy(labels), self._device), int(rng.integers(2**62))

@@ -41,6 +41,37 @@ def _context() -> ForkServerContext:
     return mp.get_context("forkserver")
 
 
+def ask(function: Callable[[], Any]) -> Any:
+    """What `function` returns in a new process, which may start CUDA; its exceptions are raised here.
+
+    Raises `ChildDied` if the process ends without an answer.
+    """
+    ours, theirs = mp.Pipe()
+    process = _context().Process(
+        target=child.answer, args=(function, theirs, dict(os.environ)), name="easgd-ask", daemon=True
+    )  # fmt: skip
+    try:
+        with _without_main():
+            process.start()
+        theirs.close()
+        good, answer = ours.recv()
+    except EOFError:
+        process.join()
+        raise ChildDied(process.exitcode) from None
+    finally:
+        if process.pid is not None:
+            process.kill()
+            process.join()
+        ours.close()
+    if not good:
+        raise answer
+    return answer
+
+
+class ChildDied(RuntimeError):
+    """A process ended, with this exit code, before it answered."""
+
+
 @dataclass(eq=False)
 class Child:
     """A process of the run: a worker (rank is its number) or a helper (rank is None)."""
@@ -79,8 +110,9 @@ class Launcher:
         ours, theirs = mp.Pipe()
         log = self._logs / f"{name}.log"
         process = _context().Process(
-            target=child.enter, args=(main, theirs, log, len(fds), args), name=f"easgd-{name}", daemon=False
-        )
+            target=child.enter, name=f"easgd-{name}", daemon=False,
+            args=(main, theirs, log, len(fds), args, dict(os.environ)),
+        )  # fmt: skip
         try:
             with _without_main():
                 process.start()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 Shape = tuple[int, int, int]
 """(channels, height, width) as it reaches the network, after the crop."""
 
-# Multiplications in a minibatch's forward pass, of `mlp` 6e5, of `cifar7` 5e8 (batches of 32): where two threads begin to
-# gain 10 to 20 % over one (an idle Intel Xeon of two cores: 0 % at 5e5, 8 % at 2e6, 18 % at 9e6, 80 % at 1.4e8).
+# Multiplications in a minibatch's forward pass (of 32: `mlp` 6e5, `cifar7` 5e8) where two threads begin to gain 10 to
+# 20 % over one: on an idle Intel Xeon of two cores 0 % at 5e5, 8 % at 2e6, 18 % at 9e6, 80 % at 1.4e8.
 DIVISIBLE = 5e6
 
 AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}

@@ -6,12 +6,13 @@ state is kept in the worker's named vectors, under torch's names, so that checkp
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from easgd_local.backend.cpu import Vector
+    from easgd_local.memory import Memory
 
 STEPS = "optimizer_steps"  # a vector of one float: how many steps the state has seen, which bias correction needs
 
@@ -36,20 +37,23 @@ class Optimizer:
     """The optimizer `name` on x: n floats, moved in place. `state[name]` has n floats for each vector of its state, and
     `state[STEPS]` one float. `weight_decay` is λ for adamw, which has a decay of its own; 0 for the others."""
 
-    def __init__(self, name: str, x: Vector, state: Mapping[str, Vector], weight_decay: float) -> None:
+    def __init__(self, name: str, x: Any, state: Mapping[str, Any], weight_decay: float, memory: Memory) -> None:
         import torch
 
-        kind = OPTIMIZERS[name]
-        self._parameter = torch.nn.Parameter(torch.from_numpy(x), requires_grad=True)
-        self._torch = getattr(torch.optim, kind.torch_name)([self._parameter], weight_decay=weight_decay)
-        own: dict[str, Any] = {one: torch.from_numpy(state[one]) for one in kind.state}
-        self._torch.state[self._parameter] = own | {"step": torch.from_numpy(state[STEPS]).squeeze(0)}
+        kind, self._memory = OPTIMIZERS[name], memory
+        self._vectors = [x, *state.values()]
+        self._parameter = torch.nn.Parameter(memory.tensor(x), requires_grad=True)
+        cls, settings = getattr(torch.optim, kind.torch_name), {"weight_decay": weight_decay}
+        if memory.device.type == "cuda" and "capturable" in inspect.signature(cls).parameters:
+            settings["capturable"] = True  # the number of steps is read on the device, and nobody waits for it
+        self._torch = cls([self._parameter], **settings)
+        own: dict[str, Any] = {one: memory.tensor(state[one]) for one in kind.state}
+        self._torch.state[self._parameter] = own | {"step": memory.tensor(state[STEPS]).squeeze(0)}
 
-    def step(self, g: Vector, lr: float) -> None:
+    def step(self, g: Any, lr: float) -> None:
         """One step from x with the gradient g at step size η."""
-        import torch
-
+        self._memory.touch([g], self._vectors)
         self._torch.param_groups[0]["lr"] = lr
-        self._parameter.grad = torch.from_numpy(g)
+        self._parameter.grad = self._memory.tensor(g)
         self._torch.step()
         self._parameter.grad = None

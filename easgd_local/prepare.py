@@ -20,11 +20,14 @@ from easgd_local.curvature import start_curvature
 from easgd_local.data import Dataset
 from easgd_local.flat import Flat
 from easgd_local.gradient import Computing
+from easgd_local.graphics import Graphics, device_name, look
+from easgd_local.launcher import ChildDied, ask
 from easgd_local.outset import check_room, copy_center, restore, set_turns, shared_names
 from easgd_local.partition import partition
 from easgd_local.rules.elastic import Elastic
 from easgd_local.runfolder import claim, lock, saved_config, write_config
 from easgd_local.schedules import Calendar
+from easgd_local.stream_turns import DEPTH
 from easgd_local.visitor import Start
 from easgd_local.worker import TrainingPlan
 
@@ -90,13 +93,14 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
     agree with that run's; its config.json then says what holds from here on. Raises `ValueError` or `MemoryError` with
     one sentence; nothing is left behind then.
     """
-    _check_device(config.device)
+    graphics, notes = _graphics(config)
     _check_tensorboard(config)
     with contextlib.ExitStack() as undo:
         lock_fd = -1 if resume is None else lock(resume, undo)  # first: a run in progress moves its checkpoints
         manifest = None if resume is None else _checked_checkpoint(config, resume)
         dataset = dataset or load(config)
-        plan, warnings = _plan(config, dataset)
+        plan, warnings = _plan(config, dataset, graphics)
+        warnings = notes + warnings
         if resume is not None and manifest is not None:
             _check_work_left(config, plan.calendar.steps, manifest.t, resume)
         plan.sampler(0, len(dataset.train))  # says so when there are too few samples
@@ -105,9 +109,10 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
             partition([entry.stop - entry.start for entry in flat.trained], plan.layout.workers)  # says if too few
         threads = thread_count(config, flat.model, plan.shape)
         plan = replace(plan, layout=replace(plan.layout, n=flat.n), threads=threads)
+        plan = replace(plan, graphics=_exchanging(config, plan))
         curvature = _curvature(plan, flat.model, dataset)
         warnings = _rule_warnings(config, curvature) + warnings
-        check_room(plan, len(plan.rule.local) + len(plan.rule.scratch) + 2)
+        check_room(plan, 0 if graphics else _own_vectors(plan))
         center = undo.enter_context(Center.create(plan.layout))
         data_fd, description = data.to_memfd(dataset)
         if data_fd is not None:
@@ -173,16 +178,49 @@ def _check_tensorboard(config: Config) -> None:
         )
 
 
-def _check_device(device: str) -> None:
-    if device == "cuda":
-        gpus = hardware.gpus()
-        found = f"this machine has {', '.join(gpus)}, but" if gpus else "no NVIDIA GPU or driver was found, and"
+def _graphics(config: Config) -> tuple[Graphics | None, list[str]]:
+    """The GPUs that the run uses, None on the CPU, and what is to be said of them."""
+    if config.device == "cuda":
+        try:
+            found: Graphics = ask(look)
+        except ChildDied as error:
+            raise ValueError(
+                f"device=cuda: the process that looks for GPUs ended with code {error}, so the driver does not work; "
+                f"see what nvidia-smi says, or use --device cpu."
+            ) from error
+        mps = "MPS is active, with which easgd_local has never been tried; if a run hangs, stop the MPS daemon."
+        return found, [UNTRIED, *([mps] if found.mps else [])]
+    for name in ("tf32", "nondeterministic"):
+        if getattr(config, name):
+            raise ValueError(f"{name}=True: says how a GPU computes, but device={config.device}; leave it out.")
+    if config.exchange != "auto":
         raise ValueError(
-            f"device=cuda: {found} this version of easgd_local trains on CPUs only; use --device cpu."
-        )  # fmt: skip
+            f"exchange={config.exchange}: says how a GPU reaches the center, but device={config.device}; leave it out."
+        )
+    gpus = hardware.gpus() if config.device == "auto" else []
+    return None, [f"{', '.join(gpus)} found and not used: {UNTRIED[0].lower()}{UNTRIED[1:]}"] if gpus else []
 
 
-def _plan(config: Config, dataset: Dataset) -> tuple[TrainingPlan, list[str]]:
+UNTRIED = "Training on GPUs has been tested on a pretended driver only; --device cuda uses them all the same."
+
+
+def _exchanging(config: Config, plan: TrainingPlan) -> Graphics | None:
+    """How the GPUs exchange a model of this size; `MemoryError` if they have no room for the workers."""
+    if plan.graphics is None:
+        return None
+    layout = plan.layout
+    graphics = plan.graphics.exchanging(config.exchange, plan.turns, layout.vector_bytes)
+    staging = 0 if graphics.exchange == "zerocopy" else DEPTH * len(layout.shared) * layout.block_bytes
+    graphics.check_room(layout.workers, 4 * layout.n * _own_vectors(plan) + staging)
+    return graphics
+
+
+def _own_vectors(plan: TrainingPlan) -> int:
+    """How many vectors of n floats each worker has: x, g and what the rule declares."""
+    return len(plan.rule.local) + len(plan.rule.scratch) + 2
+
+
+def _plan(config: Config, dataset: Dataset, graphics: Graphics | None) -> tuple[TrainingPlan, list[str]]:
     workers = config.workers
     assert workers is not None
     assert config.turns is not None
@@ -221,7 +259,11 @@ def _plan(config: Config, dataset: Dataset) -> tuple[TrainingPlan, list[str]]:
         seed=config.seed,
         weight_decay=config.weight_decay,
         turns=config.turns,
-        computing=Computing(config.precision, config.channels_last),
+        computing=Computing(
+            config.precision, config.channels_last, "cuda" if graphics and not graphics.pretended else "cpu",
+            config.compile, not config.nondeterministic, config.tf32,
+        ),
+        graphics=graphics,
         buffers=config.buffers,
         threads=config.threads or 1,
         folder=Path(),
@@ -275,7 +317,8 @@ def _effective(plan: TrainingPlan, curvature: float | None) -> dict[str, Any]:
         "steps": calendar.steps,
         "eval_every": calendar.evaluate_every,
         "threads": plan.threads,
-        "device": "cpu",
+        "device": device_name(plan.graphics),
+        **({} if plan.graphics is None else {"words": plan.graphics.words, "exchange": plan.graphics.exchange}),
         "lr": plan.learning_rate.lr,
         "schedule": plan.learning_rate.shape,
         **plan.rule.derived(plan.layout.workers),

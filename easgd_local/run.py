@@ -16,6 +16,7 @@ from torch import Tensor
 
 from easgd_local import checkpoint, hardware, metrics, overhead, report
 from easgd_local.backend.cpu import Vector
+from easgd_local.graphics import device_name
 from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener, Metrics
 from easgd_local.referee import NEVER, Referee
@@ -149,7 +150,7 @@ class Run:
         plan, prepared = self._plan, self._prepared
         self._event(
             "start", rule=plan.rule.name, workers=len(self._ranks), parameters=prepared.parameters,
-            threads=plan.threads, device="cpu", tau=self._calendar.tau,
+            threads=plan.threads, device=device_name(plan.graphics), tau=self._calendar.tau,
             hyperparameters=plan.rule.derived(len(self._ranks)), **self._described(),
         )  # fmt: skip
         for message in prepared.warnings:

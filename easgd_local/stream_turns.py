@@ -3,35 +3,47 @@
 Every turn number is known when it is enqueued, so the waiting is the device's. Two streams, and a few staging buffers
 on the device for blocks of the center:
 
-    in    wait: buffer free;  wait: turn[b] >= s;  copy the block to the buffer;                       event: loaded
+    into  wait: buffer free;  wait: turn[b] >= s;  copy the block to the buffer;                       event: loaded
     out   wait: loaded;  the rule's operations;  copy the block back;  turn[b] <- s + 1 behind a barrier;  event: free
 
 so that one block is fetched while another one is worked on and a third travels back, and all of it goes on beside the
-forward and backward pass, until training touches what the exchange still has in hand (`CudaOps.order`).
+forward and backward pass, until training touches what the exchange still has in hand (`CudaOps.order`). In place there
+is one stream and no staging: the kernels work on the center itself, through the link.
+
+The host follows at a distance: it never enqueues more than two exchanges, or steps, beyond those that are done.
 
 None of this has run on a real GPU yet: tests run it against a pretended driver.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu
+from easgd_local.backend.cuda import COUNTS, CudaOps, DeviceVector, Gpu
 from easgd_local.backend.driver import Event, Stream
 from easgd_local.center import Center
 from easgd_local.schedules import Calendar
-from easgd_local.turns import position, walk
-from easgd_local.words import LINE_BYTES
+from easgd_local.stream_words import WAYS
+from easgd_local.turns import FreeTurns, Waiting, by_rank, owner, position, walk
 
 DEPTH = 3  # staging buffers: one coming, one in hand, one going
+LEAD = 2  # exchanges, and steps, that may be enqueued beyond those that are done
+EXCHANGES = ("overlap", "inline", "zerocopy")
 
 
 class Staged:
-    """A shared vector as rules see it in an exchange on a GPU: the copy on the device of the block in hand."""
+    """A shared vector as rules see it on a GPU: in an exchange the copy on the device of the block in hand, and as a
+    whole the center's own, through the link: for what a worker alone writes."""
 
-    def __init__(self, buffers: list[DeviceVector]) -> None:
+    def __init__(self, buffers: list[DeviceVector], mapped: DeviceVector) -> None:
         self._buffers = buffers
         self._block, self._buffer = slice(0, 0), buffers[0]
+        self.address, self.whole, self.n = mapped.address, mapped.whole, mapped.n
+
+    def __len__(self) -> int:
+        return self.n
 
     def hold(self, block: slice, place: int) -> None:
         """Block `block` is in staging buffer `place`."""
@@ -43,80 +55,329 @@ class Staged:
         return self._buffer[max(0, start) : max(0, start, stop)]
 
 
-class StreamTurns:
-    """The Latin square of `turns.StrictTurns`, in stream order. The center's memory is pinned while this is open."""
+class Link:
+    """The center as the device of one worker reaches it: pinned where it lies while this is open.
 
-    stale = 0  # not known: updates are counted in the stream
-    counts, opens = True, False
-    wait_s = 0.0  # the processor does not wait
+    `shared` are the center's vectors as rules see them in an exchange: `Staged`, or in place the mapped vectors
+    themselves. `out` is the stream of the rule's operations.
+    """
+
+    def __init__(self, center: Center, gpu: Gpu, ops: CudaOps, exchange: str) -> None:
+        self.center, self.gpu, self.ops = center, gpu, ops
+        self.in_place, self.inline = exchange == "zerocopy", exchange == "inline"
+        layout = center.layout
+        host = gpu.register(center.memory, layout.size_bytes)
+        self._host, self.mapped = host.handle, host.device_address()
+        self.out = gpu.own(Stream.create(gpu.driver))
+        self.into = self.out if self.in_place else gpu.own(Stream.create(gpu.driver))
+        self.shared: dict[str, Any] = {}
+        if self.in_place:
+            for name in layout.shared:
+                self.shared[name] = self._mapped_vector(name)
+        else:
+            largest = max(layout.block(b).stop - layout.block(b).start for b in range(layout.blocks))
+            for name in layout.shared:
+                buffers = [gpu.allocate(largest) for _ in range(DEPTH)]
+                self.shared[name] = Staged(buffers, self._mapped_vector(name))
+        self._loaded, self._free = ([gpu.own(Event.create(gpu.driver)) for _ in range(DEPTH)] for _ in range(2))
+        self._ready = gpu.own(Event.create(gpu.driver))
+        self._visits, self._buffer, self._block = 0, 0, slice(0, 0)
+
+    def begin(self) -> None:
+        """What the training stream has made so far, the exchange may use."""
+        self._ready.record(self.gpu.training)
+        self.out.wait_event(self._ready)
+
+    def next_buffer(self) -> None:
+        """The next block to be fetched goes to the staging buffer that has been free for longest, once it is."""
+        self._buffer = self._visits % DEPTH
+        self._visits += 1
+        if not self.in_place:
+            self.into.wait_event(self._free[self._buffer])
+
+    def fetch(self, block: slice) -> None:
+        """The block is in hand: it may be read by what `out` does from here on."""
+        self._block = block
+        if self.in_place:
+            return
+        for name, staged in self.shared.items():
+            staged.hold(block, self._buffer)
+            to = staged[block]
+            if len(to):
+                self.into.copy_to_device(to.address, self._host + self._offset(name), 4 * len(to))
+        self._loaded[self._buffer].record(self.into)
+        self.out.wait_event(self._loaded[self._buffer])
+
+    def bring_back(self, place: str = "") -> None:
+        """What has become of the block in hand goes back to the center, or to its copy of the name `place` + name."""
+        for name, vector in self.shared.items():
+            source = vector[self._block]
+            if not len(source):
+                continue
+            with self.ops.on(self.out):
+                if not self.in_place:
+                    self.ops.order([], [vector])
+                    self.out.copy_to_host(self._host + self._offset(place + name), source.address, 4 * len(source))
+                elif place:
+                    self.ops.copy(self._mapped_vector(place + name)[self._block], source)
+
+    def release(self) -> None:
+        """The staging buffer is free again when `out` has got here."""
+        if not self.in_place:
+            self._free[self._buffer].record(self.out)
+
+    def _mapped_vector(self, name: str) -> DeviceVector:
+        address = self.mapped + self.center.layout.vector_offset_bytes(name)
+        return DeviceVector(address, self.center.layout.n, address)
+
+    def _offset(self, name: str) -> int:
+        """Bytes from the start of the center to the block in hand of a vector."""
+        return self.center.layout.vector_offset_bytes(name) + 4 * self._block.start
+
+
+class StreamTurns(Waiting):
+    """What the orders share: one block after the other through the link, and the distance that the host keeps.
+
+    Events and counts of the exchanges under way lie in rings, so that the host learns of each exchange apart what
+    guarded kernels refused in it: the same in every run.
+    """
 
     def __init__(
-        self, center: Center, rank: int, calendar: Calendar, gpu: Gpu, ops: CudaOps, first_round: int = 0
+        self, link: Link, rank: int, calendar: Calendar, words: str, hold: Callable[[], None], first_round: int,
+        close: Callable[[slice], None],
     ) -> None:  # fmt: skip
-        self.center, self.rank, self.round, self.update = center, rank, first_round, 0
-        self._calendar, self._gpu, self._ops = calendar, gpu, ops
-        layout = center.layout
-        self.workers, self.blocks = layout.workers, layout.blocks
-        self.waited_for_s = [0.0] * self.workers
-        host = gpu.register(center.memory, layout.size_bytes)
-        self._host, self._mapped = host.handle, host.device_address()
-        self._in, self._out = (gpu.own(Stream.create(gpu.driver)) for _ in range(2))
-        largest = max(layout.block(b).stop - layout.block(b).start for b in range(self.blocks))
-        self.staged = {name: Staged([gpu.allocate(largest) for _ in range(DEPTH)]) for name in layout.shared}
-        self._loaded, self._free = ([gpu.own(Event.create(gpu.driver)) for _ in range(DEPTH)] for _ in range(2))
-        self._ready, self._done = (gpu.own(Event.create(gpu.driver)) for _ in range(2))
-        self._visits = 0
+        super().__init__(link.center, rank, hold)
+        self.round = first_round
+        self.stale = None  # not known: the device does not tell what it found
+        self._link, self._gpu, self._ops, self._calendar, self._close = link, link.gpu, link.ops, calendar, close
+        self._words = WAYS[words](link.center, link.gpu, link.mapped, self.until)
+        self._done = [self._gpu.own(Event.create(self._gpu.driver)) for _ in range(COUNTS)]
+        self._made = [self._gpu.own(Event.create(self._gpu.driver)) for _ in range(LEAD)]
+        self._drained = self._gpu.own(Event.create(self._gpu.driver))
+        self._under_way: deque[tuple[int, int]] = deque()  # (round, place in the rings) of exchanges not known as done
+        self._enqueued = self._steps = 0
+        self._ops.settle = self._settle_all
+
+    # The course of an exchange
+
+    def visit(self) -> Iterator[slice]:
+        """One exchange: yields the blocks; what the caller does with each is enqueued."""
+        raise NotImplementedError
+
+    def open(self, y: Any) -> None:
+        """y <- 0, part of the block in hand, at the first visit of the block in this round."""
+        if len(y):
+            self._words.fill_unless(self._link.out, y, self._number, self.round + 1)
+
+    def _begin(self) -> None:
+        if self.center.abort[0]:
+            self._hold()
+        self._link.begin()
+
+    def _take_block(self, b: int, row: str, index: int, value: int) -> slice:
+        """Block b comes in hand when that word has that value."""
+        block = self.center.layout.block(b)
+        self._number = b
+        self._link.next_buffer()
+        self._words.wait(self._link.into, row, index, value)
+        self._link.fetch(block)
+        return block
+
+    def _give_block(self, b: int, row: str, index: int, value: int, *, snapshot: bool = False) -> None:
+        """Block b, brought back, is handed on by writing that word."""
+        self._link.release()
+        if self.counts or snapshot:
+            self._words.count(self._link.out, b, int(self.counts), snapshot=snapshot)
+        self._words.write(self._link.out, row, index, value)
+
+    def _end(self) -> None:
+        """The exchange is enqueued."""
+        self._ops.exchange_ends(self._record())
+        if self._link.inline:
+            self._ops.wait_for_exchange()
+        while len(self._under_way) > LEAD:
+            self._settle()
+
+    def _record(self) -> Event:
+        place = self._enqueued % COUNTS
+        self._enqueued += 1
+        self._gpu.fetch_counter(self._link.out, place)
+        self._done[place].record(self._link.out)
+        self._under_way.append((self.round, place))
+        return self._done[place]
+
+    # The distance
+
+    def step_made(self) -> None:
+        """A step is enqueued: waits until the step LEAD before it is done."""
+        made = self._made[self._steps % LEAD]
+        if self._steps >= LEAD:
+            self.until(made.is_done)
+        made.record(self._gpu.training)
+        self._steps += 1
+
+    def drain(self) -> None:
+        """Returns when everything enqueued is done."""
+        self._settle_all()
+        self._ops.wait_for_exchange()
+        self._drained.record(self._gpu.training)
+        self.until(self._drained.is_done)
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Returns when the device has got there; meanwhile the worker can be held, and says whom it waits for."""
+        if not done():
+            self._wait(done, self._late)
+
+    def _settle_all(self) -> None:
+        while self._under_way:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Waits for the earliest exchange under way, and learns what guarded kernels have refused up to it."""
+        _, place = self._under_way[0]
+        self.until(self._done[place].is_done)
+        self._under_way.popleft()
+        self._ops.refused = self._gpu.fetched(place)
+
+    def _late(self) -> int:
+        """The worker that the earliest exchange under way waits for; ourselves if it is the device that is slow."""
+        return self.rank
+
+
+class _StreamRounds(StreamTurns):
+    """The orders with common rounds; see `turns._Rounds`. `update` counts turns, whether they were made or passed."""
+
+    def _visit(self, b: int, place: int, snapshot: bool) -> Iterator[slice]:
+        """One block: yields it to be enqueued when `place` others have visited it in this round."""
+        link, words, out, s = self._link, self._words, self._link.out, self.round * self.workers + place
+        block = self._take_block(b, "turn", b, s)
+        self.update = s + 1
+        with self._ops.on(out):
+            yield block
+        if place == self.workers - 1:
+            # 1. The block goes back closed, 2. we die, 3. the launcher passes our turn and must not close it again.
+            with self._ops.on(out):
+                self._close(block)
+            words.write(out, "visited", b, 0)
+        link.bring_back()
+        snapshot = snapshot and place == self.workers - 1
+        if snapshot:
+            self._write_snapshot()
+        elif place < self.workers - 1:
+            words.write(out, "visited", b, self.round + 1)
+        self._give_block(b, "turn", b, s + 1, snapshot=snapshot)
+
+    def _write_snapshot(self) -> None:
+        # 1. The launcher still reads the snapshot of an earlier round, 2. we overwrite it: hence wait until taken.
+        earlier = self._calendar.previous_snapshot(self.round)
+        if earlier is not None:
+            self._words.wait(self._link.out, "taken", 0, earlier + 1)
+        self._link.bring_back("snapshot of ")
+
+    def _late_in(self, places: Iterator[tuple[int, int]], owner: Callable[[int, int, int, int], int]) -> int:
+        """Of (block, place) in the order of the walk, the owner of the first turn that has not come."""
+        if not self._under_way:
+            return self.rank
+        round, turn = self._under_way[0][0], self.center.turn
+        for b, place in places:
+            if turn[b] < round * self.workers + place:
+                return owner(b, turn[b], self.workers, self.blocks)
+        return self.rank
+
+
+class StreamStrict(_StreamRounds):
+    """The Latin square of `turns.StrictTurns`, in stream order."""
 
     def visit(self) -> Iterator[slice]:
         """One exchange: yields the blocks in turn; what the caller does with each is enqueued."""
-        self._ready.record(self._gpu.training)  # what the training stream has made so far, the exchange may use
-        self._out.wait_event(self._ready)
+        self._begin()
         snapshot = self._calendar.snapshot_after(self.round)
         for b in walk(self.rank, self.workers, self.blocks):
-            place = position(b, self.rank, self.workers, self.blocks)
-            s, block, buffer = self.round * self.workers + place, self.center.layout.block(b), self._visits % DEPTH
-            self._visits += 1
-            self._fetch(b, s, block, buffer)
-            self.update = s + 1
-            with self._ops.on(self._out):
-                yield block
-            self._bring_back(b, s, block, snapshot and place == self.workers - 1)
-            self._free[buffer].record(self._out)
-        self._gpu.fetch_counter(self._out)
-        self._done.record(self._out)
-        self._ops.exchange_ends(self._done)
+            yield from self._visit(b, position(b, self.rank, self.workers, self.blocks), snapshot)
+        self._end()
         self.round += 1
 
-    def _fetch(self, b: int, s: int, block: slice, buffer: int) -> None:
-        self._in.wait_event(self._free[buffer])
-        self._in.wait_value(self._word("turn", b), s)
-        for name, staged in self.staged.items():
-            staged.hold(block, buffer)
-            to = staged[block]
-            if len(to):
-                self._in.copy_to_device(to.address, self._host + self._place(name, block), 4 * len(to))
-        self._loaded[buffer].record(self._in)
-        self._out.wait_event(self._loaded[buffer])
+    def _late(self) -> int:
+        p, G = self.workers, self.blocks
+        return self._late_in(((b, position(b, self.rank, p, G)) for b in walk(self.rank, p, G)), owner)
 
-    def _bring_back(self, b: int, s: int, block: slice, snapshot: bool) -> None:
-        earlier = self._calendar.previous_snapshot(self.round)
-        if snapshot and earlier is not None:
-            # 1. The launcher still reads the snapshot of an earlier round, 2. we overwrite it: hence wait until taken.
-            self._out.wait_value(self._word("taken", 0), earlier + 1)
-        for name, staged in self.staged.items():
-            source = staged[block]
-            for place in (name, f"snapshot of {name}") if snapshot else (name,):
-                if len(source):
-                    self._out.copy_to_host(self._host + self._place(place, block), source.address, 4 * len(source))
-        self._out.write_value(self._word("updates", b), s + 1)
-        if snapshot:
-            self._out.write_value(self._word("updates_snapshot", b), s + 1)
-        self._out.write_value(self._word("turn", b), s + 1)  # behind a barrier: who sees it sees the block
 
-    def _word(self, row: str, index: int) -> int:
-        """Where the device finds a control word."""
-        return self._mapped + self.center.layout.word_offset_bytes(row) + LINE_BYTES * index
+class StreamTogether(_StreamRounds):
+    """The rendezvous of `turns.TogetherTurns`, in stream order."""
 
-    def _place(self, name: str, block: slice) -> int:
-        """Bytes from the start of the center to a block of a vector."""
-        return self.center.layout.vector_offset_bytes(name) + 4 * block.start
+    def read(self) -> Iterator[slice]:
+        """Yields the blocks, to be read only: each as it is before our visit of this round, after all of the last."""
+        self._begin()
+        for b in range(self.blocks):
+            block = self._take_block(b, "turn", b, self.round * self.workers)
+            with self._ops.on(self._link.out):
+                yield block
+            self._link.release()
+        self._end()
+
+    def visit(self) -> Iterator[slice]:
+        """One exchange: yields the blocks in turn, when everybody has read them."""
+        self._begin()
+        snapshot = self._calendar.snapshot_after(self.round)
+        self._words.write(self._link.out, "read", self.rank, self.round + 1)
+        for i in range(self.workers):
+            if i != self.rank:
+                self._words.wait(self._link.into, "read", i, self.round + 1)
+        for b in range(self.blocks):
+            yield from self._visit(b, self.rank, snapshot)
+        self._end()
+        self.round += 1
+
+    def _late(self) -> int:
+        if self._under_way:
+            round, read = self._under_way[0][0], self.center.read
+            for i in range(self.workers):
+                if i != self.rank and read[i] <= round and read[self.rank] > round:
+                    return i
+        return self._late_in(((b, self.rank) for b in range(self.blocks)), by_rank)
+
+
+class StreamFree(StreamTurns):
+    """First come, first served, as `turns.FreeTurns`, in stream order.
+
+    Blocks are enqueued in one order for all workers, while grants come in any: who waits for a block waits for one that
+    somebody holds who waits for none but lower ones, so there is no deadlock.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.round = FreeTurns.take_over(self.center, self.rank)
+
+    def visit(self) -> Iterator[slice]:
+        """One exchange: yields the blocks; what the caller does with each is enqueued for when it is granted."""
+        self._begin()
+        number, base = self.round + 1, self.rank * self.blocks
+        self._words.write(self._link.out, "request", self.rank, number)
+        for b in range(self.blocks):
+            block = self._take_block(b, "grant", base + b, number)
+            with self._ops.on(self._link.out):
+                yield block
+            self._link.bring_back()
+            self._give_block(b, "done", base + b, number)
+        self._end()
+        self.round = number
+
+
+class StreamNone(StreamTurns):
+    """Hogwild, as `turns.NoTurns`: in place only, so that what a rule does not write is not written back."""
+
+    def visit(self) -> Iterator[slice]:
+        """One exchange: yields the blocks without waiting for anybody."""
+        self._begin()
+        for b in walk(self.rank, self.workers, self.blocks):
+            self._link.next_buffer()
+            block = self.center.layout.block(b)
+            self._link.fetch(block)
+            with self._ops.on(self._link.out):
+                yield block
+        self._end()
+
+
+ORDERS: dict[str, type[StreamTurns]] = {
+    "strict": StreamStrict, "together": StreamTogether, "free": StreamFree, "none": StreamNone
+}  # fmt: skip

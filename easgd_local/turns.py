@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from easgd_local.center import Center
 from easgd_local.schedules import Calendar
@@ -78,23 +78,27 @@ def pass_turns(
 class Turns(Protocol):
     """A worker's way to the center.
 
-    `update` is the number, from 1, of the update of the block in hand; `opens` whether it is the first in its round;
-    `stale` how many others' updates this worker found at most, in any block, since its own last visit. While `counts`
-    is false its visits are no updates.
+    `update` is the number, from 1, of the update of the block in hand; `stale` how many others' updates this worker
+    found at most, in any block, since its own last visit, None if that is not known. While `counts` is false its visits
+    are no updates.
     """
 
     round: int
     update: int
-    stale: int
+    stale: int | None
     counts: bool
-    opens: bool
     wait_s: float
     waited_for_s: list[float]
 
     def visit(self) -> Iterator[slice]: ...
+    def open(self, y: Any) -> None:
+        """y <- 0, part of the block in hand, at the first visit of the block in this round."""
+
+    def read(self) -> Iterator[slice]:
+        """The blocks, to be read only, in a rendezvous."""
 
 
-class _Waiting:
+class Waiting:
     """What all orders share: waiting that yields, names the late worker, holds and aborts when asked."""
 
     def __init__(self, center: Center, rank: int, hold: Callable[[], None]) -> None:
@@ -102,8 +106,8 @@ class _Waiting:
         self.workers, self.blocks = center.layout.workers, center.layout.blocks
         self.wait_s = 0.0
         self.waited_for_s = [0.0] * self.workers
-        self.update, self.stale = 0, 0
-        self.counts, self.opens = True, False
+        self.update, self.counts = 0, True
+        self.stale: int | None = 0
         self._seen = [center.updates[b] for b in range(self.blocks)]
 
     def _wait(self, ready: Callable[[], bool], late: Callable[[], int]) -> None:
@@ -135,10 +139,18 @@ class _Waiting:
             late = further - 1
         return late
 
+    def open(self, y: Any) -> None:
+        """y <- 0, part of the block in hand, at the first visit of the block in this round."""
+        raise NotImplementedError("only orders with common rounds have a first visit")
+
+    def read(self) -> Iterator[slice]:
+        """The blocks, to be read only, in a rendezvous."""
+        raise NotImplementedError("only a rendezvous has a time for reading")
+
     def _take(self, b: int) -> None:
         """Block b is in hand: its next update is ours."""
         before = self.center.updates[b]
-        self.update, self.stale = before + 1, max(self.stale, before - self._seen[b])
+        self.update, self.stale = before + 1, max(self.stale or 0, before - self._seen[b])
 
     def _count(self, b: int) -> None:
         """Our update of block b is made, and it is still in hand."""
@@ -146,7 +158,7 @@ class _Waiting:
         self.center.updates[b] = self._seen[b]
 
 
-class _Rounds(_Waiting):
+class _Rounds(Waiting):
     """What the orders with common rounds share: p turns of each block in each round, one for every worker.
 
     The last visitor of a block in a round closes it (what the rule does once for all workers), and in a round that
@@ -160,6 +172,12 @@ class _Rounds(_Waiting):
     ) -> None:  # fmt: skip
         super().__init__(center, rank, hold)
         self.round, self._calendar, self._close = first_round, calendar, close
+        self._opens = False  # whether the visit under way is the first to the block in this round
+
+    def open(self, y: Any) -> None:
+        """y <- 0, part of the block in hand, at the first visit of the block in this round."""
+        if self._opens:
+            y.fill(0)
 
     def visit(self) -> Iterator[slice]:
         """One exchange: yields the blocks in turn, holding each during its pass of the caller's loop."""
@@ -184,7 +202,7 @@ class _Rounds(_Waiting):
         assert turn[b] == s, f"block {b}: turn {turn[b]} instead of {s}"
         block = self.center.layout.block(b)
         self._take(b)
-        self.opens = self.center.visited[b] != self.round + 1
+        self._opens = self.center.visited[b] != self.round + 1
         yield block
         self._count(b)
         self.center.visited[b] = self.round + 1
@@ -245,7 +263,7 @@ class TogetherTurns(_Rounds):
         return by_rank(b, self.center.turn[b], self.workers, self.blocks)
 
 
-class NoTurns(_Waiting):
+class NoTurns(Waiting):
     """Hogwild: everybody at once, whenever it likes. Not reproducible.
 
     A worker's addition to a coordinate of the center is lost when another one reads the coordinate before it is
@@ -262,7 +280,7 @@ class NoTurns(_Waiting):
             yield self.center.layout.block(b)
 
 
-class FreeTurns(_Waiting):
+class FreeTurns(Waiting):
     """First come, first served: for workers of unequal speed. Not reproducible.
 
     A worker posts one request for a whole exchange; the launcher grants blocks one holder at a time; the worker takes
@@ -272,12 +290,18 @@ class FreeTurns(_Waiting):
 
     def __init__(self, center: Center, rank: int, hold: Callable[[], None]) -> None:
         super().__init__(center, rank, lambda: None)  # grants go on during a pause: the worker holds at its boundary
-        self.round = center.request[rank]
+        self.round = self.take_over(center, rank)
         self._walk = walk(rank, self.workers, self.blocks)
+
+    @staticmethod
+    def take_over(center: Center, rank: int) -> int:
+        """The number of the latest exchange that a worker of this rank has asked for; all of it is done."""
         # 1. A predecessor of this rank asked for an exchange, 2. it died, 3. its request is granted to us, who never
         # give back what we do not take: hence all of the request is done.
-        for place in range(rank * self.blocks, (rank + 1) * self.blocks):
-            center.done[place] = self.round
+        number, blocks = center.request[rank], center.layout.blocks
+        for place in range(rank * blocks, (rank + 1) * blocks):
+            center.done[place] = number
+        return number
 
     def visit(self) -> Iterator[slice]:
         """One exchange: yields the blocks as they are granted, holding each during its pass of the caller's loop."""

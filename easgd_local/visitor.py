@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from easgd_local import checkpoint, faults
 from easgd_local.backend.cpu import Vector
 from easgd_local.center import Center, Layout
 from easgd_local.devices import OnCpu, Place
+from easgd_local.graphics import Graphics
 from easgd_local.partition import overlap
 from easgd_local.rules.base import Rule
 from easgd_local.schedules import Calendar
-from easgd_local.turns import Aborted, TogetherTurns
+from easgd_local.turns import Aborted
 
 REPORT_S = 2.0  # a slow worker reports at least this often
 
@@ -36,6 +38,7 @@ class Plan:
     seed: int
     folder: Path
     report_every: int
+    graphics: Graphics | None = None  # the GPUs on which workers compute; None: on the CPU
     faults: tuple[faults.Fault, ...] = ()
 
     @property
@@ -72,7 +75,8 @@ class Visitor:
         )
         self._reloaded_at, self._saved_label = -1, center.save[0]
         self._made = self._reported = self._exchanges = 0  # steps made, steps reported, exchanges made
-        self._turns_s, self._losses, self._losses_known = 0.0, 0.0, 0
+        self._turns_s, self._losses_known = 0.0, 0
+        self._losses: Any = 0.0
         self._reported_at = time.perf_counter()
 
     def __getattr__(self, name: str) -> Vector:
@@ -82,11 +86,6 @@ class Visitor:
             raise AttributeError(f"{name}: the rule {self._rule.name} declares no such vector") from None
 
     # The exchange
-
-    @property
-    def opens(self) -> bool:
-        """Whether this is the first visit to the block in hand in this round."""
-        return self._turns.opens
 
     @property
     def update(self) -> int:
@@ -107,9 +106,12 @@ class Visitor:
         if self.ops.nonfinite:
             self._reload()
 
+    def open(self, y: Vector) -> None:
+        """y <- 0, part of the block in hand, at the first visit of the block in this round."""
+        self._turns.open(y)
+
     def read(self) -> Iterator[slice]:
         """The blocks of the center, to be read only, in a rendezvous."""
-        assert isinstance(self._turns, TogetherTurns), "only a rendezvous has a time for reading"
         for block in self._turns.read():
             yield overlap(block, slice(0, self._buffers.start))
 
@@ -214,11 +216,12 @@ class Visitor:
         self._turns.counts = False  # it brings nothing
         for block in self._turns.visit():
             self.ops.copy(self.x[block], self.c[block])  # x <- c, buffers too
-        if isinstance(self._turns, TogetherTurns):
+        if self._plan.turns == "together":
             for block in self._turns.read():
                 self.ops.copy(self.x[block], self.c[block])  # x <- c, as it is after the round
         self._turns.counts = True
-        self._turns.stale = 0  # nobody was stale before it came
+        if self._turns.stale is not None:
+            self._turns.stale = 0  # nobody was stale before it came
         self._begin()
         self.t += 1 - self._plan.calendar.ahead
 
@@ -239,12 +242,12 @@ class Visitor:
 
     # What it tells
 
-    def _count_step(self, loss: float | None) -> None:
+    def _count_step(self, loss: Any) -> None:
         """A step is made: the clock moves."""
         self._made += 1
         self.t += 1
         if loss is not None:
-            self._losses += loss
+            self._losses += loss  # a tensor stays on its device until the report
             self._losses_known += 1
 
     def _report_now_and_then(self) -> None:
@@ -262,7 +265,7 @@ class Visitor:
             return
         samples = self.samples_per_step
         self._post(
-            "event", "worker", t=self.t, loss=self._losses / self._losses_known if self._losses_known else None,
+            "event", "worker", t=self.t, loss=float(self._losses) / self._losses_known if self._losses_known else None,
             samples=self._made * (samples or 0),
             samples_per_s=None if samples is None else steps * samples / (now - self._reported_at),
             wait_s=self._turns.wait_s, exchange_s=self._turns_s, exchanges=self._exchanges,

@@ -15,9 +15,10 @@ import torch
 from easgd_local import data, faults, models
 from easgd_local.backend.cpu import CpuOps, Vector
 from easgd_local.center import Center
-from easgd_local.devices import Place
+from easgd_local.devices import Place, place_of
 from easgd_local.gradient import Computing, Gradient
 from easgd_local.learning_rate import LearningRate
+from easgd_local.loss_scale import STATE as LOSS_SCALE
 from easgd_local.optimizers import STEPS, Optimizer
 from easgd_local.partition import partition
 from easgd_local.turns import Aborted
@@ -29,7 +30,8 @@ class GradientOf(Protocol):
 
     n: int
     buffers: slice
-    loss: float
+    loss: Any
+    loss_scale: Any
     samples_per_step: int
 
     @property
@@ -79,13 +81,15 @@ class Worker(Visitor):
         self._gradient = gradient
         if rule.optimizer:
             self._start_optimizer()
+        if plan.computing.precision == "fp16":
+            gradient.loss_scale = self._kept[LOSS_SCALE] = self._place.vector(2)
 
     def _start_optimizer(self) -> None:
         rule, trained = self._rule, slice(0, self._gradient.layers[-1].stop)
         self._kept[STEPS] = self._place.vector(1)
         state = {name: self._kept[name][trained] for name in rule.local} | {STEPS: self._kept[STEPS]}
         decay = self._plan.weight_decay if rule.decoupled else 0.0
-        self._optimizer, self._trained = Optimizer(rule.optimizer, self.x[trained], state, decay), trained
+        self._optimizer, self._trained = Optimizer(rule.optimizer, self.x[trained], state, decay, self._place), trained
 
     # What rules use
 
@@ -136,10 +140,12 @@ class Worker(Visitor):
             if faults.due(plan.faults, "nan", self.rank, self.t):
                 self.ops.fill(self.x[: self._gradient.n // 2], float("nan"))
             self._rule.step(self)
+            self._place.step_made()
             self._count_step(self._gradient.loss)
             self._report_now_and_then()
             faults.keep_pace(plan.faults, self.rank, self.t, time.perf_counter() - self._turns.wait_s - began)
         self._boundary()
+        self._place.drain()
         self._report()
         self._post("finished")
         self._linger()
@@ -150,12 +156,14 @@ def main(
 ) -> None:
     """The worker process: sets up, says "ready", waits for the word to go, steps to the end, says how it ended."""
     torch.set_num_threads(plan.threads)
+    plan.computing.set_up()
     center = Center.attach(plan.layout, fds[0])
     dataset = data.from_memfd(fds[1] if len(fds) > 1 else None, description)
     model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
     sampler = plan.sampler(rank, len(dataset.train))
+    place, drained = place_of(center, rank, plan.calendar, plan.graphics), False
     gradient = Gradient(
-        model, dataset, sampler, rank=rank, computing=plan.computing,
+        model, dataset, sampler, rank=rank, computing=plan.computing, memory=place, sharers=plan.layout.workers,
         weight_decay=0.0 if plan.rule.decoupled else plan.weight_decay,
     )  # fmt: skip
 
@@ -164,7 +172,7 @@ def main(
 
     try:
         with np.errstate(all="ignore"):  # overflow and NaN are counted in the exchange, not warned about
-            worker = Worker(rank, center, plan, gradient, post, start.t)
+            worker = Worker(rank, center, plan, gradient, post, start.t, place)
             if not start.joins:
                 worker.take_up(start.saved)
             post("ready")
@@ -172,9 +180,13 @@ def main(
             if start.joins:
                 worker.join(t)
             worker.run()
+            drained = True
     except Stopped:
+        place.drain()
+        drained = True
         post("stopped")
     except Aborted:
         pass
     finally:
         gradient.close()
+        place.close(drained=drained)

@@ -119,6 +119,26 @@ extern "C" __global__ void subtract(float* y, const float* x, const Count n)
     for_each(n, one, Updated{y}, Read{x});
 }
 
+// copy: y <- x
+//
+// y: write only.   x: read.   Both may be mapped host memory.   8 bytes per element; bound by the slower memory.
+
+extern "C" __global__ void copy(float* y, const float* x, const Count n)
+{
+    const auto one = [&](float& y, const float x) { y = x; };
+    for_each(n, one, Written{y}, Read{x});
+}
+
+// fill: y <- value
+//
+// y: write only, may be mapped host memory.   4 bytes per element; bound by the slower memory.
+
+extern "C" __global__ void fill(float* y, const float value, const Count n)
+{
+    const auto one = [&](float& y) { y = value; };
+    for_each(n, one, Written{y});
+}
+
 // accumulate: x <- x - lr g;  v <- v - lr g, which a later push brings to the center
 //
 // x, v: read and written.   g: read.   20 bytes per element; bound by device memory.

@@ -4,8 +4,11 @@
 //
 // where exports.cpp includes the .cu file and says SHIM_EXPORT(name) for each kernel. No __syncthreads, no __shared__.
 #pragma once
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstddef>
+#include <thread>
 #include <utility>
 
 #define __global__
@@ -24,6 +27,9 @@ static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+
+static inline void __nanosleep(unsigned ns) { std::this_thread::sleep_for(std::chrono::nanoseconds(ns)); }
+static inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 // The threads of a launch run one after another, so a plain sum is as good as an atomic one.
 template <class T>

@@ -13,7 +13,8 @@
 //   addresses    that a call must not get are CUDA_ERROR_INVALID_VALUE, or CUDA_ERROR_ILLEGAL_ADDRESS in a launch, at
 //                once and not later. What is freed while a stream still uses it is not noticed: while any stream has
 //                work left, nothing is really freed or unmapped.
-//   kernels      run one at a time in a process: the shim's atomicAdd is a plain sum. New device memory is all NaN.
+//   kernels      run one at a time in a process, but for the one that waits: the shim's atomicAdd is a plain sum.
+//                New device memory is all NaN.
 //
 // Environment, read at every call:
 //
@@ -21,7 +22,8 @@
 //   FAKE_CUDA_SEED=1          the seed of the delays, in the order in which a process makes its streams.
 //   FAKE_CUDA_FAIL=cuMemAlloc_v2=2,cuInit=100     these calls do nothing and return that error.
 //   FAKE_CUDA_ATTR=122=0,86=1                     these attributes have that value.
-//   FAKE_CUDA_VERSION=12040   FAKE_CUDA_DEVICES=2
+//   FAKE_CUDA_VERSION=12040   FAKE_CUDA_DEVICES=2   FAKE_CUDA_FREE_MIB=100
+//   FAKE_CUDA_LOSES_WORDS=1                       what kernels store in single words arrives nowhere
 
 #include <atomic>
 #include <condition_variable>
@@ -243,6 +245,11 @@ std::mutex& one_kernel_at_a_time = *new std::mutex;
 template <class T> bool legal(T) { return true; }
 template <class T> bool legal(T* pointer) { return !pointer || on_the_device(reinterpret_cast<Address>(pointer), 1); }
 
+bool loses(const void* kernel)
+{
+    return kernel == reinterpret_cast<void*>(store_word) && number("FAKE_CUDA_LOSES_WORDS", 0);
+}
+
 template <class... A, std::size_t... I>
 Result launch(void (*kernel)(A...), Stream& stream, const unsigned grid, const unsigned block, void** arguments,
               std::index_sequence<I...>)
@@ -250,8 +257,13 @@ Result launch(void (*kernel)(A...), Stream& stream, const unsigned grid, const u
     std::tuple<A...> values{*static_cast<A*>(arguments[I])...};
     if (!(legal(std::get<I>(values)) && ...))
         return ILLEGAL_ADDRESS;
+    if (loses(reinterpret_cast<void*>(kernel)))
+        return OK;
+    const bool waits = reinterpret_cast<void*>(kernel) == reinterpret_cast<void*>(await_word);
     stream.put([=](Delays&) mutable {
-        const std::lock_guard lock(one_kernel_at_a_time);
+        std::unique_lock lock(one_kernel_at_a_time, std::defer_lock);
+        if (!waits)
+            lock.lock();
         void* addresses[] = {const_cast<std::remove_const_t<A>*>(&std::get<I>(values))...};
         shim::launch(kernel, grid, block, addresses);
     });
@@ -553,6 +565,14 @@ int cuMemFree_v2(const Address device)
     REQUIRE(all.allocated.erase(device), INVALID_VALUE);
     if (operations_left == 0)
         std::free(reinterpret_cast<void*>(device));
+    return OK;
+}
+
+int cuMemGetInfo_v2(std::size_t* free_bytes, std::size_t* total_bytes)
+{
+    BEGIN(CONTEXT);
+    *total_bytes = 16ull << 30;
+    *free_bytes = static_cast<std::size_t>(number("FAKE_CUDA_FREE_MIB", 12 << 10)) << 20;
     return OK;
 }
 

@@ -38,6 +38,8 @@ from easgd_local.backend.driver import (
 
 THREADS, MOST_BLOCKS = 256, 1024  # of a launch; the loops are grid-stride
 PAGE = 4096
+FERRY_BYTES = 4 << 20  # of the pinned memory through which numpy's vectors reach the device
+COUNTS = 8  # how many fetched values of the counter are kept apart
 NOT_FOUND = 500  # CUDA_ERROR_NOT_FOUND
 
 
@@ -56,6 +58,11 @@ class DeviceVector:
         start, stop, step = b.indices(self.n)
         assert step == 1, b
         return DeviceVector(self.address + 4 * start, max(0, stop - start), self.whole)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """By which torch and CuPy look into the same memory."""
+        return {"shape": (self.n,), "typestr": "<f4", "data": (self.address, False), "version": 3, "strides": None}
 
 
 def compiled(name: str, capability: tuple[int, int]) -> bytes:
@@ -87,8 +94,8 @@ class Gpu:
             self.functions: dict[str, Function] = {}
             for image in images.values():
                 self._add(self.own(Module.load(self.driver, image)))
-            self._pinned = mmap.mmap(-1, PAGE)
-            self._host = self.register(self._pinned, PAGE)
+            self._counts = mmap.mmap(-1, PAGE)
+            self._host = self.register(self._counts, PAGE)
             self.counter = self.allocate(2)  # as 64 bits: how many non-finite elements guarded kernels have refused
             self.training.fill(self.counter.address, 0, 2)
             self._stack = undo.pop_all()
@@ -107,16 +114,26 @@ class Gpu:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         return self.own(HostMemory.register(self.driver, address, size_bytes))  # type: ignore[no-any-return]
 
-    def refused(self) -> int:
-        """The counter as it was when it was last fetched: perhaps an exchange behind."""
-        return int(struct.unpack_from("=Q", self._pinned)[0])
+    def fetch_counter(self, stream: Stream, place: int) -> None:
+        """Enqueues the fetching of the counter to place 0 to COUNTS - 1."""
+        stream.copy_to_host(self._host.handle + 8 * place, self.counter.address, 8)
 
-    def fetch_counter(self, stream: Stream) -> None:
-        """Enqueues the fetching of the counter."""
-        stream.copy_to_host(self._host.handle, self.counter.address, 8)
+    def fetched(self, place: int) -> int:
+        """The counter as it was fetched to that place."""
+        return int(struct.unpack_from("=Q", self._counts, 8 * place)[0])
+
+    def launch(self, stream: Stream, name: str, *arguments: Any, n: int = 1) -> None:
+        """Enqueues a kernel: n elements, four to a thread; one thread where there is one."""
+        threads = THREADS if n > 1 else 1
+        blocks = min(MOST_BLOCKS, -(-n // (4 * threads)))
+        self.functions[name].launch(stream, blocks, threads, *arguments)
+
+    def abandon(self) -> None:
+        """Gives nothing back: for a process that is about to exit, and must not wait for what it has enqueued."""
+        self._stack.pop_all()
 
     def _add(self, module: Module) -> None:
-        for name in OPERATIONS:
+        for name in (*OPERATIONS, *WORD_KERNELS):
             try:
                 self.functions.setdefault(name, module.function(name))
             except DriverError as error:
@@ -155,12 +172,15 @@ OPERATIONS = {
     "average": Operation("wr", 1),
     "add": Operation("wr"),
     "subtract": Operation("wr"),
+    "copy": Operation("wr"),
+    "fill": Operation("w", 1),
     "accumulate": Operation("wwr", 1),
     "lookahead": Operation("wrr", 1),
     "add_decay": Operation("wr", 1),
     "descend": Operation("wr", 1, optional=True),
     "nesterov": Operation("wwr", 2, optional=True),
 }
+WORD_KERNELS = ("await_word", "store_word", "count_visit", "fill_unless")  # of kernels/turns.cu
 
 
 class CudaOps:
@@ -170,34 +190,24 @@ class CudaOps:
         self._gpu, self.stream = gpu, gpu.training
         self._in_hand: dict[int, str] = {}  # vectors that the exchange under way uses: their address -> "r" or "w"
         self._exchange_done: Event | None = None
-        self._known = 0
+        self.refused, self._known = 0, 0  # what guarded kernels have refused, as far as the host was told
+        self.settle: Callable[[], None] = lambda: None  # waits until the host has been told everything
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name not in OPERATIONS:
             raise AttributeError(f"{name}: there is no such operation")
         return lambda *arguments: self._launch(name, OPERATIONS[name], arguments)
 
-    def copy(self, y: DeviceVector, x: DeviceVector) -> None:
-        """y <- x."""
-        self.order([x], [y])
-        if len(y):
-            self.stream.copy_on_device(y.address, x.address, 4 * len(y))
-
-    def fill(self, y: DeviceVector, value: float) -> None:
-        """y <- value, everywhere."""
-        self.order([], [y])
-        if len(y):
-            self.stream.fill(y.address, struct.unpack("=I", struct.pack("=f", value))[0], len(y))
-
     @property
     def nonfinite(self) -> int:
-        """Non-finite elements kept from the center since this was last set to 0, as far as the host knows."""
-        return self._gpu.refused() - self._known
+        """Non-finite elements kept from the center since this was last set to 0, as far as the host was told."""
+        return self.refused - self._known
 
     @nonfinite.setter
     def nonfinite(self, value: int) -> None:
         assert value == 0
-        self._known = self._gpu.refused()
+        self.settle()  # what is still under way brings no further news of the same
+        self._known = self.refused
 
     @contextlib.contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
@@ -247,33 +257,32 @@ class CudaOps:
         values = [*pointers, *(c_float(value) for value in scalars), c_uint64(n)]
         if kind.guarded:
             values.append(c_uint64(self._gpu.counter.address))
-        blocks = min(MOST_BLOCKS, -(-n // (4 * THREADS)))
-        self._gpu.functions[name].launch(self.stream, blocks, THREADS, *values)
+        self._gpu.launch(self.stream, name, *values, n=n)
 
 
 class Transfer:
-    """Between numpy vectors and the device, through a pinned page: for starts, checkpoints and tests, not for speed."""
+    """Between numpy vectors and the device, through pinned memory: for starts, checkpoints and tests."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
-        self._page = mmap.mmap(-1, PAGE)
-        self._host = gpu.register(self._page, PAGE)
+        self._memory = mmap.mmap(-1, FERRY_BYTES)
+        self._host = gpu.register(self._memory, FERRY_BYTES)
 
     def load(self, y: DeviceVector, values: NDArray[np.float32]) -> None:
         """y <- values; returns when they are there."""
-        page = np.frombuffer(self._page, np.float32)
-        for start in range(0, len(y), len(page)):
-            piece = values[start : start + len(page)]
-            page[: len(piece)] = piece
+        ferry = np.frombuffer(self._memory, np.float32)
+        for start in range(0, len(y), len(ferry)):
+            piece = values[start : start + len(ferry)]
+            ferry[: len(piece)] = piece
             self._gpu.training.copy_to_device(y.address + 4 * start, self._host.handle, 4 * len(piece))
             self._gpu.training.synchronize()
 
     def host(self, x: DeviceVector) -> NDArray[np.float32]:
         """A copy of x, when all that is enqueued for training is done."""
-        page, values = np.frombuffer(self._page, np.float32), np.empty(len(x), np.float32)
-        for start in range(0, len(x), len(page)):
-            piece = values[start : start + len(page)]
+        ferry, values = np.frombuffer(self._memory, np.float32), np.empty(len(x), np.float32)
+        for start in range(0, len(x), len(ferry)):
+            piece = values[start : start + len(ferry)]
             self._gpu.training.copy_to_host(self._host.handle, x.address + 4 * start, 4 * len(piece))
             self._gpu.training.synchronize()
-            piece[:] = page[: len(piece)]
+            piece[:] = ferry[: len(piece)]
         return values

@@ -42,6 +42,7 @@ SYMBOLS: dict[str, tuple[Any, ...]] = {
     "cuMemHostUnregister": (c_void_p,),
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemFree_v2": (c_uint64,),
+    "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
     "cuStreamCreateWithPriority": (POINTER(c_void_p), c_uint, c_int),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
@@ -111,6 +112,7 @@ class Driver:
                 f"update NVIDIA's driver, or train on the CPU."
             )
         self._calls = {name: self._symbol(name) for name in SYMBOLS}
+        self.pretended = hasattr(self._library, "fake_cuda_live")  # the tests': torch knows nothing of its devices
         self.call("cuInit", 0)
         self.devices = self.get("cuDeviceGetCount")
         if self.devices == 0:
@@ -138,6 +140,11 @@ class Driver:
         result = SYMBOLS[name][0]._type_()
         self.call(name, ctypes.byref(result), *arguments)
         return result.value or 0  # ctypes makes None of a null pointer
+
+    def free_bytes(self) -> int:
+        """Free memory of the device whose context is current."""
+        total = c_size_t()
+        return self.get("cuMemGetInfo_v2", ctypes.byref(total))
 
     def text(self, name: str, *arguments: Any) -> str:
         """The text that the call writes into a buffer."""

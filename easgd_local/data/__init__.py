@@ -17,6 +17,7 @@ from easgd_local.data.augment import cut, prepare
 from easgd_local.data.dataset import Dataset, MemorySplit, Split
 from easgd_local.data.folder import FolderSplit
 from easgd_local.data.imagefolder import load_imagefolder
+from easgd_local.data.ondevice import OnDevice, to_device
 from easgd_local.data.sampling import Sampler, in_sequence, independent, order, shard, step_rng
 from easgd_local.data.shared import from_memfd, to_memfd
 from easgd_local.data.sources import load_cifar10, load_digits, make_synthetic
@@ -26,6 +27,7 @@ __all__ = [
     "Dataset",
     "FolderSplit",
     "MemorySplit",
+    "OnDevice",
     "Sampler",
     "Split",
     "cut",
@@ -38,6 +40,7 @@ __all__ = [
     "prepare",
     "shard",
     "step_rng",
+    "to_device",
     "to_memfd",
 ]
 

@@ -32,15 +32,14 @@ class ExchangeView(Protocol):
         """In a pass of the loop over `turns`: the number, from 1, of this update of the block by anybody."""
 
     @property
-    def opens(self) -> bool:
-        """In a pass of the loop over `turns`: whether this is the first visit to the block in this round."""
-
-    @property
     def ops(self) -> CpuOps:
         """The operations on vectors."""
 
     def turns(self) -> Iterator[slice]:
         """One exchange with the center: `for b in w.turns():` holds block b of the shared vectors in each pass."""
+
+    def open(self, y: Vector) -> None:
+        """In a pass of the loop over `turns`: y <- 0 if this is the first visit to the block in this round."""
 
     def read(self) -> Iterator[slice]:
         """The blocks, to be read only: for synchronous rules, between two rounds."""

@@ -49,8 +49,7 @@ class DiLoCo(Local):
         for b in w.read():
             w.ops.difference(w.d[b], w.x[b], w.c[b], 1 / w.workers)  # d <- (x - c)/p
         for b in w.turns():
-            if w.opens:
-                w.ops.fill(w.s[b], 0.0)
+            w.open(w.s[b])  # s <- 0, the first
             w.ops.add(w.s[b], w.d[b])  # s <- s + d
         for b in w.read():
             w.ops.copy(w.x[b], w.c[b])  # x <- c

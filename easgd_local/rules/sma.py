@@ -51,8 +51,7 @@ class SMA(Local):
         for b in w.read():
             w.ops.difference(w.d[b], w.x[b], w.c[b], 1 / w.workers)  # d <- α(x - c)
         for b in w.turns():
-            if w.opens:
-                w.ops.fill(w.s[b], 0.0)
+            w.open(w.s[b])  # s <- 0, the first
             w.ops.add(w.s[b], w.d[b])  # s <- s + d
         return w.d
 

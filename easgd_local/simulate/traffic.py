@@ -44,7 +44,7 @@ def traffic(rule: Rule, workers: int) -> Traffic:
     """What the exchange of step 0 moves, of a worker that is neither the first nor the last of its round.
 
     A coordinate in hand is read once and written once, however many operations use it; what a rule does once for all
-    workers (`opens`, `close`) is not counted. PASSM+ is counted as in its full steps, those where all is written.
+    workers (`open`, `close`) is not counted. PASSM+ is counted as in its full steps, those where all is written.
     """
     probe = Probe(rule, workers)
     rule.step(cast(WorkerView, probe))
@@ -55,7 +55,7 @@ class Probe:
     """A worker with nothing to compute, whose operations only note what they touch: every vector is part of one."""
 
     def __init__(self, rule: Rule, workers: int) -> None:
-        self.rank, self.workers, self.t, self.lr, self.update, self.opens = 0, workers, 0, rule.lr, 1, False
+        self.rank, self.workers, self.t, self.lr, self.update = 0, workers, 0, rule.lr, 1
         self.turned, self.were_read, self.moves_x = 0.0, list[float](), False
         at_center = ("c", *rule.shared, *rule.allotted)
         names = (*at_center, "x", "g", *rule.local, *rule.scratch)

@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 
 from easgd_local.backend.cpu import CpuOps, Vector
+from easgd_local.memory import MainMemory
 from easgd_local.optimizers import STEPS, Optimizer
 from easgd_local.partition import partition
 from easgd_local.rules.base import Rule, WorkerView
@@ -64,7 +65,7 @@ class SimulatedWorker:
         self, rank: int, world: World, vectors: Mapping[str, Vector], step_time: Callable[[int], float]
     ) -> None:
         self.rank, self.workers, self.t, self.round = rank, world.workers, 0, 0
-        self.ops, self.update, self.opens = world.ops, 0, False
+        self.ops, self.update, self._opens = world.ops, 0, False
         self.compute_s = self.exchange_s = self.wait_s = self.finished_s = 0.0
         self._world, self.kept, self._step_time = world, vectors, step_time
         self._vectors = {**world.shared, **vectors}
@@ -72,7 +73,7 @@ class SimulatedWorker:
         self._seen, self._reads, self._beside_since_s = [0] * len(world.grid.blocks), 0, -1.0
         if world.rule.optimizer:
             state = {name: vectors[name] for name in (*world.rule.local, STEPS)}
-            self._optimizer = Optimizer(world.rule.optimizer, vectors["x"], state, 0.0)
+            self._optimizer = Optimizer(world.rule.optimizer, vectors["x"], state, 0.0, MainMemory())
         self.ops.copy(self.x, self.c)  # x <- c
         world.rule.begin(cast(WorkerView, self))
 
@@ -149,8 +150,13 @@ class SimulatedWorker:
         """The block is in hand: its next update is ours, as visitor number `place` of the round (-1: no rounds)."""
         before = self._world.updates[block.number]
         self._world.staleness[before - self._seen[block.number]] += 1
-        self.update, self.opens = before + 1, place == 0
+        self.update, self._opens = before + 1, place == 0
         return block.coordinates
+
+    def open(self, y: Vector) -> None:
+        """y <- 0, part of the block in hand, at the first visit of the block in this round."""
+        if self._opens:
+            self.ops.fill(y, 0.0)
 
     def leave(self, block: Block) -> None:
         """Our update of the block is made."""

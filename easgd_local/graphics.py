@@ -1,0 +1,194 @@
+"""The GPUs of a run as the launcher's side finds them, in a process of its own: what they can do, and their kernels.
+
+Found out once, so that all workers do the same, and before training starts, so that what is missing is one sentence.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from ctypes import c_uint64
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from easgd_local import kernels
+from easgd_local.backend.cuda import Gpu, compiled
+from easgd_local.backend.driver import Attribute, Device, Driver, DriverError
+
+Capability = tuple[int, int]
+
+SMALL_BYTES = 1 << 20  # of c: below it blocks are not worth carrying. Not measured on a GPU yet.
+CONTEXT_BYTES = 600 << 20  # what a process takes of a GPU beside its vectors and activations: an estimate
+TRIAL_S = 1.0
+TRIAL_VALUE = 2**40 + 1
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Graphics:
+    """What all workers of a run know of the GPUs: compute capabilities by number, kernels, and how they exchange.
+
+    `words` is one of `stream_words.WAYS`, `exchange` one of `stream_turns.EXCHANGES`. `pretended`: the driver is that
+    of the tests, and torch computes on the CPU.
+    """
+
+    names: tuple[str, ...]
+    capabilities: tuple[Capability, ...]
+    free_bytes: tuple[int, ...]
+    images: Mapping[Capability, Mapping[str, bytes]]
+    words: str
+    coherent: bool
+    mps: bool
+    pretended: bool
+    exchange: str = "overlap"
+
+    def device_of(self, rank: int) -> int:
+        """The number of the GPU of worker `rank`: neighbours in rank are on different ones."""
+        return rank % len(self.capabilities)
+
+    def images_for(self, rank: int) -> Mapping[str, bytes]:
+        """The kernels for the GPU of worker `rank`."""
+        return self.images[self.capabilities[self.device_of(rank)]]
+
+    def exchanging(self, exchange: str, turns: str, vector_bytes: int) -> Graphics:
+        """With the way of exchanging that was asked for, or the one that suits a center of this size.
+
+        Raises `ValueError` for one that is wrong with this order of turns.
+        """
+        if exchange in ("overlap", "inline") and turns == "none":
+            raise ValueError(
+                f"exchange={exchange} with turns=none: whole blocks would be brought back over what others wrote "
+                f"meanwhile; use exchange=zerocopy, or leave it out."
+            )
+        if exchange == "auto":
+            in_place = turns == "none" or self.coherent or vector_bytes <= SMALL_BYTES
+            exchange = "zerocopy" if in_place else "overlap"
+        return replace(self, exchange=exchange)
+
+    def check_room(self, workers: int, needed_bytes: int) -> None:
+        """`MemoryError` unless each GPU has room for so many bytes for each of its workers."""
+        for number, free in enumerate(self.free_bytes):
+            here = sum(self.device_of(rank) == number for rank in range(workers))
+            if here * (needed_bytes + CONTEXT_BYTES) > free:
+                raise MemoryError(
+                    f"workers={workers}: {here} of them would be on GPU {number} ({self.names[number]}), where each "
+                    f"takes {(needed_bytes + CONTEXT_BYTES) / 2**30:.1f} GiB without its activations and only "
+                    f"{free / 2**30:.1f} GiB are free; choose fewer workers or a smaller model, or free some memory."
+                )
+
+
+def device_name(graphics: Graphics | None) -> str:
+    """Where workers compute, in words."""
+    if graphics is None:
+        return "cpu"
+    kinds = ", ".join(f"{count} x {name}" for name, count in Counter(graphics.names).items())
+    return f"cuda ({kinds}; {graphics.exchange}, {graphics.words})"
+
+
+def look() -> Graphics:
+    """Asks the driver, torch and CuPy; `ValueError` with one sentence for what is missing. Starts CUDA in this process.
+    """
+    try:
+        driver = Driver.open()
+        devices = [Device(driver, number) for number in range(driver.devices)]
+        if not driver.pretended:
+            _check_torch(driver)
+        capabilities = tuple(device.compute_capability for device in devices)
+        images = {one: _compile(one) for one in set(capabilities)}
+        ways = [_trial(device, images[device.compute_capability]) for device in devices]
+    except DriverError as error:
+        raise ValueError(f"device=cuda: {error}") from error
+    return Graphics(
+        names=tuple(device.name for device in devices),
+        capabilities=capabilities,
+        free_bytes=tuple(free for _, free in ways),
+        images=images,
+        words=max((way for way, _ in ways), key=ORDER.index),
+        coherent=all(device.attribute(Attribute.HOST_PAGE_TABLES) == 1 for device in devices),
+        mps=Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists(),
+        pretended=driver.pretended,
+    )
+
+
+ORDER = ("memops", "kernels", "processor")  # from the best to the last resort
+
+
+def _check_torch(driver: Driver) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    raise ValueError(
+        f"device=cuda: torch {torch.__version__} {built} and finds no GPU that it can use, while the driver supports "
+        f"CUDA {driver.version // 1000}.{driver.version % 1000 // 10}; install a torch built for CUDA of at most that."
+    )
+
+
+def _compile(capability: Capability) -> dict[str, bytes]:
+    try:
+        return {name: compiled(name, capability) for name in kernels.names()}
+    except ImportError as error:
+        raise ValueError(
+            f"device=cuda: CuPy, which compiles the kernels, cannot be imported ({error}); pip install "
+            f"'easgd_local[cuda13]', or [cuda12] for a driver of CUDA 12."
+        ) from error
+    except Exception as error:
+        if type(error).__name__ != "NVRTCError":
+            raise
+        raise ValueError(
+            f"device=cuda: the kernels cannot be compiled for sm_{capability[0]}{capability[1]} ({error}); install the "
+            f"CuPy of a CUDA that knows this GPU, and none that is newer than the driver."
+        ) from error
+
+
+def _trial(device: Device, images: Mapping[str, bytes]) -> tuple[str, int]:
+    """The best way that this device really waits for and writes words of pinned host memory, and its free bytes."""
+    gpu = Gpu(images, device.number)
+    free = gpu.driver.free_bytes()
+    memory = mmap.mmap(-1, PAGE)
+    word = gpu.register(memory, PAGE).device_address()
+    for value, way in enumerate(ORDER, TRIAL_VALUE):
+        if way == "processor" or (way == "memops" and not device.memops_64):
+            continue
+        try:
+            _write(gpu, way, word, value)
+            if _seen(memory, value) and _through(gpu, way, word, value):
+                gpu.__exit__(None, None, None)
+                return way, free
+        except DriverError:
+            continue
+    gpu.abandon()  # a stream may wait for ever; it ends with this process
+    return "processor", free
+
+
+def _write(gpu: Gpu, way: str, word: int, value: int) -> None:
+    if way == "memops":
+        gpu.training.write_value(word, value)
+    else:
+        gpu.launch(gpu.training, "store_word", c_uint64(word), c_uint64(value))
+
+
+def _through(gpu: Gpu, way: str, word: int, value: int) -> bool:
+    """Whether a stream passes a wait for the value that is there."""
+    if way == "memops":
+        gpu.training.wait_value(word, value)
+    else:
+        gpu.launch(gpu.training, "await_word", c_uint64(word), c_uint64(value))
+    return _soon(gpu.training.is_done)
+
+
+def _seen(memory: mmap.mmap, value: int) -> bool:
+    return _soon(lambda: c_uint64.from_buffer(memory).value == value)
+
+
+def _soon(done: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + TRIAL_S
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1e-4)
+    return True
