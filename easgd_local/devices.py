@@ -56,7 +56,8 @@ class OnCpu(MainMemory):
     def __init__(self, center: Center, rank: int, calendar: Calendar) -> None:
         super().__init__()
         self._center, self._rank, self._calendar = center, rank, calendar
-        self.ops, self.shared = CpuOps(), center.vectors
+        self.ops = CpuOps()
+        self.shared: Mapping[str, Any] = center.vectors
 
     def load(self, y: Array, values: Array) -> None:
         np.copyto(y, values)
@@ -102,7 +103,7 @@ class OnGpu:
         self.ops, self._transfer = CudaOps(self.gpu), Transfer(self.gpu)
         self._link = Link(center, self.gpu, self.ops, graphics.exchange)
         self._rank, self._calendar, self._words = rank, calendar, graphics.words
-        self.shared = self._link.shared
+        self.shared: Mapping[str, Any] = self._link.shared
 
     def vector(self, n: int) -> DeviceVector:
         new = self.gpu.allocate(n)

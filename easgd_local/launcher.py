@@ -57,11 +57,12 @@ def ask(function: Callable[[], Any]) -> Any:
         good, answer = ours.recv()
     except EOFError:
         process.join()
-        raise ChildDied(process.exitcode) from None
+        raise ChildDied(f"exit code {process.exitcode}") from None
     finally:
         if process.pid is not None:
             process.kill()
             process.join()
+            process.close()
         ours.close()
     if not good:
         raise answer
@@ -69,7 +70,7 @@ def ask(function: Callable[[], Any]) -> Any:
 
 
 class ChildDied(RuntimeError):
-    """A process ended, with this exit code, before it answered."""
+    """A process ended before it answered; the text says how."""
 
 
 @dataclass(eq=False)

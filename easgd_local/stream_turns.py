@@ -240,7 +240,7 @@ class StreamTurns(Waiting):
         self._ops.refused = self._gpu.fetched(place)
 
     def _late(self) -> int:
-        """The worker that the earliest exchange under way waits for; ourselves if it is the device that is slow."""
+        """The worker that the exchanges under way wait for; ourselves if it is the device that is slow."""
         return self.rank
 
 
@@ -274,14 +274,13 @@ class _StreamRounds(StreamTurns):
             self._words.wait(self._link.out, "taken", 0, earlier + 1)
         self._link.bring_back("snapshot of ")
 
-    def _late_in(self, places: Iterator[tuple[int, int]], owner: Callable[[int, int, int, int], int]) -> int:
+    def _late_in(self, places: list[tuple[int, int]], owner: Callable[[int, int, int, int], int]) -> int:
         """Of (block, place) in the order of the walk, the owner of the first turn that has not come."""
-        if not self._under_way:
-            return self.rank
-        round, turn = self._under_way[0][0], self.center.turn
-        for b, place in places:
-            if turn[b] < round * self.workers + place:
-                return owner(b, turn[b], self.workers, self.blocks)
+        turn = self.center.turn
+        for round, _ in self._under_way:
+            for b, place in places:
+                if turn[b] < round * self.workers + place:
+                    return owner(b, turn[b], self.workers, self.blocks)
         return self.rank
 
 
@@ -299,7 +298,7 @@ class StreamStrict(_StreamRounds):
 
     def _late(self) -> int:
         p, G = self.workers, self.blocks
-        return self._late_in(((b, position(b, self.rank, p, G)) for b in walk(self.rank, p, G)), owner)
+        return self._late_in([(b, position(b, self.rank, p, G)) for b in walk(self.rank, p, G)], owner)
 
 
 class StreamTogether(_StreamRounds):
@@ -329,12 +328,11 @@ class StreamTogether(_StreamRounds):
         self.round += 1
 
     def _late(self) -> int:
-        if self._under_way:
-            round, read = self._under_way[0][0], self.center.read
-            for i in range(self.workers):
-                if i != self.rank and read[i] <= round and read[self.rank] > round:
-                    return i
-        return self._late_in(((b, self.rank) for b in range(self.blocks)), by_rank)
+        read = self.center.read
+        for i in range(self.workers):
+            if read[i] < read[self.rank]:
+                return i
+        return self._late_in([(b, self.rank) for b in range(self.blocks)], by_rank)
 
 
 class StreamFree(StreamTurns):

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu
+from easgd_local.backend.cuda import CudaOps, DeviceVector
 from easgd_local.center import Center
 from easgd_local.devices import OnGpu
+from easgd_local.graphics import Graphics
 from easgd_local.learning_rate import LearningRate
 from easgd_local.rules import rule_class
 from easgd_local.rules.base import Rule
@@ -21,22 +22,28 @@ from tests.threads import LAYERS, noisy_quadratic, plan_of
 IMAGES = {"all": b"the pretended driver has every kernel"}
 
 
+def graphics(exchange: str = "overlap", words: str = "memops") -> Graphics:
+    """One pretended GPU."""
+    return Graphics(
+        ("Fake GPU 0",), ((9, 0),), (2**33,), {(9, 0): IMAGES}, words, coherent=False, mps=False, pretended=True,
+        exchange=exchange,
+    )  # fmt: skip
+
+
 class DeviceGradients:
     """A made-up gradient: fetches the point, when the device has got there, and brings g back."""
 
     samples_per_step, loss = 1, 0.0
 
-    def __init__(self, rank: int, place: OnGpu, n: int) -> None:
+    def __init__(self, rank: int, place: OnGpu, n: int, function: str) -> None:
         self.n, self.buffers, self.layers = n, slice(n, n), list(LAYERS)
-        self._rank, self._place, self._g = rank, place, place.gpu.allocate(n)
+        self._rank, self._place, self._g, self._function = rank, place, place.gpu.allocate(n), FUNCTIONS[function]
 
     def __call__(self, ops: CudaOps, t: int, at: DeviceVector, only: slice | None = None) -> DeviceVector:
-        ops.order([at], [self._g])  # as a model's forward pass has to
-        gpu = self._place.gpu
-        gpu.training.synchronize()
+        self._place.touch([at], [self._g])  # as a model's forward pass has to
         x = np.ctypeslib.as_array((ctypes.c_float * self.n).from_address(at.address))
         g = np.ctypeslib.as_array((ctypes.c_float * self.n).from_address(self._g.address))
-        g[:] = noisy_quadratic(self._rank, t, x)
+        g[:] = self._function(self._rank, t, x)
         if only is not None:
             g[: only.start] = g[only.stop :] = 0
         return self._g
@@ -48,41 +55,51 @@ class DeviceGradients:
     def close(self) -> None: ...
 
 
-def plan_for(rule: dict[str, Any], workers: int, steps: int, n: int, evaluate_every: int) -> TrainingPlan:
+def noise(i: int, t: int, x: np.ndarray) -> np.ndarray:
+    """A gradient that does not depend on x: sums are the same in every order, but for rounding."""
+    return np.random.default_rng([i, t]).standard_normal(len(x)).astype(x.dtype)
+
+
+FUNCTIONS = {"noisy quadratic": noisy_quadratic, "noise": noise}
+
+
+def plan_for(
+    rule: dict[str, Any], workers: int, steps: int, n: int, evaluate_every: int = 0, turns: str = "strict"
+) -> TrainingPlan:
     made: Rule = rule_class(rule["name"])(**{name: value for name, value in rule.items() if name != "name"})
     rate = LearningRate("constant", made.lr, steps)
-    plan = plan_of(made, workers, steps, n=n, block_bytes=64, turns="strict", rate=rate)
+    plan = plan_of(made, workers, steps, n=n, block_bytes=64, turns=turns, rate=rate)
     object.__setattr__(plan, "calendar", Calendar(made.period, steps, evaluate_every=evaluate_every))
     return plan
 
 
 def main(
-    memory: str, environment: dict[str, str], rank: int, dies_at: int | None = None, forgets: str = "", **values: Any
-) -> None:
+    memory: str, environment: dict[str, str], rank: int, dies_at: int | None = None, forgets: str = "",
+    function: str = "noisy quadratic", exchange: str = "overlap", words: str = "memops", **values: Any,
+) -> None:  # fmt: skip
     """Runs worker `rank` to its end, on the center in the file `memory`."""
     os.environ.update(environment)  # the fork server's is older
     plan = plan_for(**values)
     center = Center.attach(plan.layout, os.open(memory, os.O_RDWR))
-    with Gpu(IMAGES) as gpu:
-        place = OnGpu(center, rank, plan.calendar, gpu)
-        if forgets == "the turn":
-            place._turns._in.wait_value = lambda word, value: None  # type: ignore[method-assign]
-        if forgets == "the exchange":
-            place.ops.order = lambda reads, writes: None  # type: ignore[method-assign]
-        gradient = DeviceGradients(rank, place, plan.layout.n)
-        worker = Worker(rank, center, plan, gradient, lambda *args, **kwargs: None, 0, place)
-        worker.take_up(None)
-        center.held[rank] = 1  # ready
-        while not center.grant[0]:  # all set off together
-            os.sched_yield()
-        if dies_at is None:
-            worker.run()
-            place.host(worker.x)  # everything enqueued is done
-            return
-        while worker.t < dies_at:
-            worker._rule.step(worker)
-            worker.t += 1
-        turns = worker.turns()
-        next(turns)
-        next(turns)  # some blocks of this exchange are enqueued
-        os.kill(os.getpid(), 9)
+    place = OnGpu(center, rank, plan.calendar, graphics(exchange, words))
+    gradient = DeviceGradients(rank, place, plan.layout.n, function)
+    worker = Worker(rank, center, plan, gradient, lambda *args, **kwargs: None, 0, place)
+    if forgets == "the turn":
+        place._turns._words.wait = lambda stream, row, index, value: None  # type: ignore[method-assign]
+    if forgets == "the exchange":
+        place.ops.order = lambda reads, writes: None  # type: ignore[method-assign]
+    worker.take_up(None)
+    center.held[rank] = 1  # ready
+    while not center.leave[0]:  # all set off together
+        os.sched_yield()
+    if dies_at is None:
+        worker.run()
+        place.close(drained=True)
+        return
+    while worker.t < dies_at:
+        worker._rule.step(worker)
+        worker.t += 1
+    turns = worker.turns()
+    next(turns)
+    next(turns)  # some blocks of this exchange are enqueued
+    os.kill(os.getpid(), 9)

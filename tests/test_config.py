@@ -23,7 +23,8 @@ from easgd_local.rules.sgd import SGD
 OTHER = {  # a value of each field that is not its default
     "workers": 3, "device": "cpu", "data": "synthetic", "data_dir": "pictures", "image_size": 33, "memory_budget": 0.5,
     "model": "cifar7", "steps": 31, "epochs": 1.5, "batch_size": 7, "weight_decay": 0.25, "sampling": "independent",
-    "seed": 2**63 - 1, "turns": "free", "precision": "bf16", "channels_last": True,
+    "seed": 2**63 - 1, "turns": "free", "precision": "bf16", "channels_last": True, "compile": True,
+    "tf32": True, "nondeterministic": True, "exchange": "inline",
     "buffers": "recalibrate", "block_bytes": 640, "threads": 3,
     "eval_every": 0, "eval_samples": 5, "checkpoint_every": 4, "keep": 1, "out": "here", "on_failure": "stop",
     "tensorboard": True, "schedule": "step", "warmup": 3, "lr_step": 5, "lr_decay": 0.5,

@@ -15,13 +15,13 @@ from easgd_local import launcher
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.backend.cuda import OPERATIONS, CudaOps, Gpu, Transfer, compiled
 from easgd_local.center import Center
-from easgd_local.devices import OnGpu
 from easgd_local.referee import Referee
 from easgd_local.schedules import Calendar
-from easgd_local.stream_turns import StreamTurns
+from easgd_local.stream_turns import Link, StreamStrict
+from easgd_local.turns import Aborted
 from tests import listings, threads
 from tests.conftest import eventually
-from tests.stream_peers import IMAGES, main, plan_for
+from tests.stream_peers import IMAGES, main, noise, plan_for
 from tests.threads import N, starting_point
 
 pytest_plugins = ["tests.fake_cuda"]
@@ -32,6 +32,15 @@ RULES = [
     {"name": "easgd-gs", "lr": 0.1, "tau": 2, "alpha": 0.3}, {"name": "downpour", "lr": 0.05, "tau": 2},
     {"name": "easgd-gs", "lr": 0.1, "tau": 2, "alpha": 0.3, "first": "worker"}, {"name": "adownpour", "lr": 0.05},
     {"name": "mdownpour", "lr": 0.02}, {"name": "apam", "lr": 0.01}, {"name": "passm+", "lr": 0.02, "full_steps": 3},
+    {"name": "admm", "lr": 0.02},
+]  # fmt: skip
+SYNCHRONOUS = [
+    {"name": "easgd-sync", "lr": 0.1, "tau": 2, "alpha": 0.25}, {"name": "localsgd", "lr": 0.05, "tau": 3},
+    {"name": "sma", "lr": 0.05, "tau": 2}, {"name": "diloco", "inner": "sgd", "lr": 0.1, "tau": 2},
+]  # fmt: skip
+WAYS = [
+    ("overlap", "kernels"), ("overlap", "processor"), ("inline", "memops"), ("zerocopy", "memops"),
+    ("zerocopy", "processor"),
 ]  # fmt: skip
 
 
@@ -39,29 +48,31 @@ class Run:
     """A center, and processes that work on it."""
 
     def __init__(
-        self, stack: ExitStack, rule: dict[str, Any], workers: int, steps: int, evaluate_every: int = 0
-    ) -> None:
+        self, stack: ExitStack, rule: dict[str, Any], workers: int, steps: int, evaluate_every: int = 0,
+        turns: str = "strict", **more: str,
+    ) -> None:  # fmt: skip
         self.values = {"rule": rule, "workers": workers, "steps": steps, "n": N, "evaluate_every": evaluate_every}
-        self.plan = plan_for(**self.values)
+        self.values |= {"turns": turns}
+        self.plan, self._more = plan_for(**self.values), more
         self.center = stack.enter_context(Center.create(self.plan.layout))
-        for name in ("c", *self.plan.rule.copies):
-            self.center.vectors[name][:] = starting_point()
+        for name in self.center.vectors:
+            if name.rstrip("0123456789") in ("c", *self.plan.rule.copies):
+                self.center.vectors[name][:] = starting_point()
         self._stack, self.processes = stack, list[Any]()
 
     def start(self, **given: dict[str, Any]) -> None:
-        """`given["1"]` goes to worker 1."""
+        """`given["worker_1"]` goes to worker 1."""
         for rank in range(self.plan.layout.workers):
             environment = {name: value for name, value in os.environ.items() if "CUDA" in name}
-            arguments = self.values | {"rank": rank} | given.get(f"worker_{rank}", {})
+            arguments = self.values | self._more | {"rank": rank} | given.get(f"worker_{rank}", {})
             memory = f"/proc/{os.getpid()}/fd/{self.center.fd}"
             process = launcher._context().Process(target=main, args=(memory, environment), kwargs=arguments)
             with launcher._without_main():
                 process.start()
             self._stack.callback(lambda p=process: (p.kill(), p.join()))
             self.processes.append(process)
-        self.center.leave[0] = 1
         assert eventually(lambda: all(self.center.held[rank] for rank in range(len(self.processes))), 20)
-        self.center.grant[0] = 1
+        self.center.leave[0] = 1
 
     def codes(self, seconds: float = 20) -> list[int | None]:
         return [self.code(rank, seconds) for rank in range(len(self.processes))]
@@ -86,7 +97,7 @@ def run() -> Iterator[Callable[..., Run]]:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_CUDA_JITTER_US", "300")
+    monkeypatch.setenv("FAKE_CUDA_JITTER_US", "150")
     monkeypatch.setenv("FAKE_CUDA_SEED", "5")
 
 
@@ -98,6 +109,53 @@ def test_processes_that_exchange_in_stream_order_compute_the_listing_to_the_bit(
     for name, value in two.listing().items():
         if name in two.center.vectors:
             assert np.array_equal(two.center.vectors[name].view(np.uint32), value.view(np.uint32)), name
+
+
+@pytest.mark.parametrize("rule", SYNCHRONOUS, ids=lambda rule: rule["name"])
+def test_a_rendezvous_in_stream_order_computes_the_listing_to_the_bit(rule, run, slow):
+    three = run(rule, workers=3, steps=7, turns="together")
+    three.start()
+    assert three.codes() == [0, 0, 0]
+    assert np.array_equal(three.center.vectors["c"].view(np.uint32), three.listing()["c"].view(np.uint32))
+
+
+@pytest.mark.parametrize(("exchange", "words"), WAYS)
+@pytest.mark.parametrize("name", ["sma", "mdownpour"])
+def test_every_way_of_exchanging_and_of_waiting_computes_the_same(name, exchange, words, run, slow):
+    turns = "together" if name == "sma" else "strict"
+    two = run({"name": name, "lr": 0.03}, workers=2, steps=9, turns=turns, exchange=exchange, words=words)
+    two.start()
+    assert two.codes() == [0, 0]
+    listed = two.listing()
+    for vector in listed.keys() & two.center.vectors.keys():
+        assert np.array_equal(two.center.vectors[vector], listed[vector]), vector
+    assert {two.center.updates[b] for b in range(two.center.layout.blocks)} == {18}
+
+
+@pytest.mark.parametrize(("exchange", "words"), [("overlap", "memops"), ("zerocopy", "kernels")])
+def test_nothing_is_lost_where_blocks_are_granted_as_they_are_asked_for(exchange, words, run, slow):
+    rule = {"name": "downpour", "lr": 0.1, "tau": 2}
+    three = run(rule, workers=3, steps=9, turns="free", function="noise", exchange=exchange, words=words)
+    with Referee(three.center, three.plan.calendar, three.plan.rule, "free"):
+        three.start()
+        assert three.codes() == [0, 0, 0]
+    brought = sum(noise(i, t, np.zeros(N, np.float32)) for i in range(3) for t in range(8))  # those of step 8 stay
+    assert np.allclose(three.center.vectors["c"], starting_point() - 0.1 * brought, atol=1e-5)
+    assert {three.center.updates[b] for b in range(three.center.layout.blocks)} == {15}
+
+
+def test_without_turns_what_a_worker_alone_writes_is_never_lost(run, slow):
+    rule = {"name": "passm", "lr": 0.1, "momentum": 0.5}
+    three = run(rule, workers=3, steps=9, turns="none", function="noise", exchange="zerocopy")
+    three.start()
+    assert three.codes() == [0, 0, 0]
+    c = three.center.vectors["c"]
+    for rank, own in enumerate(threads.owned(3)):
+        wanted, u = starting_point()[own], np.zeros(own.stop - own.start, np.float32)
+        for t in range(9):
+            u = np.float32(0.5) * u + noise(rank, t, starting_point())[own]
+            wanted = wanted - np.float32(0.1) * u
+        assert np.array_equal(c[own], wanted)
 
 
 @pytest.mark.parametrize("workers", [3, 4])
@@ -176,8 +234,9 @@ def test_every_operation_enqueued_equals_that_of_the_cpu(name, absent, gpu):
     getattr(expected, name)(*arrays[:required], *scalars, *arrays[required:])
     for vector, array in zip(vectors, arrays, strict=True):
         assert np.array_equal(transfer.host(vector), array, equal_nan=True)
-    gpu.fetch_counter(gpu.training)
+    gpu.fetch_counter(gpu.training, 3)
     gpu.training.synchronize()
+    ops.refused = gpu.fetched(3)
     assert ops.nonfinite == expected.nonfinite
     ops.nonfinite = 0
     assert ops.nonfinite == 0
@@ -195,33 +254,67 @@ def test_copy_and_fill_are_those_of_the_cpu_and_nothing_is_enqueued_for_nothing(
     assert np.array_equal(transfer.host(y), expected.astype(np.float32))
 
 
-def test_training_waits_for_the_exchange_only_where_it_touches_what_that_has_in_hand(gpu):
-    with Center.create(plan_for({"name": "easgd"}, 1, 5, N, 0).layout) as center:
-        turns = StreamTurns(center, 0, Calendar(1, 5), gpu, ops := CudaOps(gpu))
-        x, d, v, y = (gpu.allocate(N) for _ in range(4))
-        waited: list[str] = []
-        gpu.training.wait_event = lambda event: waited.append("waited")  # type: ignore[method-assign]
-        for b in turns.visit():
-            ops.pull(x[b], turns.staged["c"][b], d[b], 0.5)
-        ops.lookahead(y, x, v, 0.9)  # reads x, which the pull reads too
-        assert waited == []
-        ops.descend(y, v, 0.1)  # has nothing to do with the exchange
-        assert waited == []
-        ops.descend(x, v, 0.1, d)  # writes x
-        assert waited == ["waited"]
-        ops.descend(x, v, 0.1, d)  # the exchange is over
-        assert waited == ["waited"]
-        gpu.training.synchronize()
-        turns._out.synchronize()
-        gpu.__exit__(None, None, None)  # before the center it has pinned
+Alone = Callable[..., tuple[StreamStrict, Center]]
 
 
-def test_an_order_of_turns_that_cannot_be_enqueued_is_refused(gpu):
-    with Center.create(plan_for({"name": "easgd"}, 1, 5, N, 0).layout) as center:
-        place = OnGpu(center, 0, Calendar(1, 5), gpu)
-        with pytest.raises(ValueError, match="turns=together: on a GPU turns are taken in stream order, strict only"):
-            place.turns("together", lambda: None, 0, lambda block: None)
-        gpu.__exit__(None, None, None)
+@pytest.fixture
+def alone(gpu) -> Iterator[Alone]:
+    """The turns of worker 0 of some, in one process; `gpu` is closed before the center that it has pinned."""
+    with ExitStack() as stack:
+
+        def make(workers: int, exchange: str, hold: Callable[[], None] = lambda: None) -> tuple[StreamStrict, Center]:
+            center = stack.enter_context(Center.create(plan_for({"name": "easgd"}, workers, 9, N).layout))
+            stack.callback(lambda: gpu.__exit__(None, None, None))
+            link = Link(center, gpu, CudaOps(gpu), exchange)
+            return StreamStrict(link, 0, Calendar(1, 9), "memops", hold, 0, lambda block: None), center
+
+        yield make
+
+
+def test_training_waits_for_the_exchange_only_where_it_touches_what_that_has_in_hand(gpu, alone, monkeypatch):
+    turns, _ = alone(1, "overlap")
+    ops, (x, d, v, y) = turns._ops, (gpu.allocate(N) for _ in range(4))
+    waited: list[str] = []
+    monkeypatch.setattr(gpu.training, "wait_event", lambda event: waited.append("waited"))
+    for b in turns.visit():
+        ops.pull(x[b], turns._link.shared["c"][b], d[b], 0.5)
+    ops.lookahead(y, x, v, 0.9)  # reads x, which the pull reads too
+    assert waited == []
+    ops.descend(y, v, 0.1)  # has nothing to do with the exchange
+    assert waited == []
+    ops.descend(x, v, 0.1, d)  # writes x
+    assert waited == ["waited"]
+    ops.descend(x, v, 0.1, d)  # the exchange is over
+    assert waited == ["waited"]
+    turns.drain()
+
+
+def test_inline_training_waits_for_every_exchange(gpu, alone, monkeypatch):
+    turns, _ = alone(1, "inline")
+    waited: list[str] = []
+    monkeypatch.setattr(gpu.training, "wait_event", lambda event: waited.append("waited"))
+    for _ in turns.visit():
+        pass
+    assert waited == ["waited"]
+    turns.drain()
+
+
+def test_the_host_enqueues_no_more_than_two_exchanges_ahead_and_says_whom_it_waits_for(alone):
+    def hold() -> None:
+        raise Aborted  # the launcher's word, as soon as the host waits
+
+    turns, center = alone(2, "overlap", hold)  # the other worker never comes
+    made = 0
+    with pytest.raises(Aborted):
+        while True:
+            for _ in turns.visit():
+                pass
+            made += 1
+    assert made == 2
+    assert center.waiting_for[0] == 2  # worker 1, counted from 1
+    while not turns._link.out.is_done():
+        for b in range(center.layout.blocks):
+            center.turn[b] = 2**62  # whatever waits goes on
 
 
 def test_kernels_are_compiled_to_machine_code_without_a_gpu():

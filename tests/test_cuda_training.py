@@ -1,0 +1,216 @@
+"""Whole runs with `device=cuda` on a pretended driver: what they compute, what they survive, what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from easgd_local import graphics
+from easgd_local.faults import Fault
+from easgd_local.rules.eamsgd import EAMSGD
+from easgd_local.rules.easgd import EASGD
+from easgd_local.rules.localsgd import LocalSGD
+from easgd_local.rules.passm import PASSM
+
+pytest_plugins = ["tests.fake_cuda"]
+pytestmark = pytest.mark.usefixtures("nothing_left", "fake_cuda")
+Runner = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUDA_JITTER_US", "100")
+
+
+def config_of(summary: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(Path(summary["folder"], "config.json").read_text())["effective"])
+
+
+@pytest.mark.parametrize("exchange", ["overlap", "zerocopy"])
+def test_four_workers_on_one_gpu_compute_what_four_on_the_cpu_do_to_the_bit(
+    exchange: str, run: Runner, slow: None
+) -> None:
+    values = {"rule": EAMSGD(tau=2), "workers": 4, "steps": 30, "eval_every": 10}
+    on_cpu, on_gpu = run(**values), run(**values, device="cuda", exchange=exchange)
+    assert on_gpu["status"] == "done"
+    for name in ("center_sha256", "test_error", "train_loss", "exchanges"):
+        assert on_gpu[name] == on_cpu[name], name
+    assert config_of(on_gpu)["device"] == f"cuda (1 x Fake GPU 0; {exchange}, memops)"
+
+
+def test_optimizers_of_torch_and_a_rendezvous_compute_on_the_gpu_what_they_do_on_the_cpu(run: Runner) -> None:
+    values = {"rule": LocalSGD(tau=3, inner="adamw"), "workers": 2, "steps": 20}
+    assert run(**values)["center_sha256"] == run(**values, device="cuda", exchange="inline")["center_sha256"]
+
+
+def test_workers_are_spread_over_the_gpus(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "2")
+    summary = run(workers=3, steps=10, device="cuda")
+    assert summary["status"] == "done"
+    assert config_of(summary)["device"].startswith("cuda (1 x Fake GPU 0, 1 x Fake GPU 1;")
+
+
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(run: Runner) -> None:
+    values = {"workers": 2, "device": "cuda", "checkpoint_every": 10, "eval_every": 10}
+    whole = run(**values, steps=30)
+    part = run(**values, steps=20)
+    assert run(**values, steps=30, resume=part["folder"])["center_sha256"] == whole["center_sha256"]
+
+
+@pytest.mark.parametrize("turns", ["strict", "free"])
+@pytest.mark.parametrize("fault", [Fault("kill", 1, 7), Fault("kill-in-exchange", 1, 9), Fault("raise", 1, 7)])
+def test_when_a_worker_dies_the_others_finish(turns: str, fault: Fault, run: Runner, slow: None) -> None:
+    summary = run(workers=3, steps=30, eval_every=10, device="cuda", turns=turns, faults=(fault,), block_bytes=4000)
+    assert summary["status"] == "done"
+    assert [report["state"] for report in summary["worker_reports"]] == ["finished", "died", "finished"]
+    assert np.isfinite(summary["train_loss"])
+
+
+@pytest.mark.parametrize("rule", [EASGD(tau=2), LocalSGD(tau=2)], ids=lambda rule: rule.name)
+def test_a_new_worker_takes_the_place_of_a_dead_one(rule: Any, run: Runner) -> None:
+    faults = (Fault("kill", 1, 5), *(Fault("pace", rank, 6, 0.05) for rank in (0, 2)))
+    summary = run(rule=rule, workers=3, steps=60, device="cuda", on_failure="respawn", faults=faults)
+    assert summary["status"] == "done"
+    assert [report["state"] for report in summary["worker_reports"]] == ["finished"] * 3
+    assert summary["worker_reports"][1]["steps"] == 60
+
+
+def test_a_worker_that_is_not_finite_is_reloaded_at_the_same_step_in_every_run(run: Runner, slow: None) -> None:
+    def reloaded() -> tuple[str, list[Any]]:
+        summary = run(workers=2, steps=40, device="cuda", faults=(Fault("nan", 1, 7),))
+        lines = Path(summary["folder"], "metrics.jsonl").read_text().splitlines()
+        events = [one for one in map(json.loads, lines) if one["kind"] == "nonfinite"]
+        return summary["center_sha256"], [(one["rank"], one["t"], one["count"]) for one in events]
+
+    first, again = reloaded(), reloaded()
+    assert first == again
+    ((rank, t, count),) = first[1]  # once, though exchanges that were under way meet the same values
+    assert rank == 1 and t > 7 and count > 0
+
+
+@pytest.mark.parametrize("turns", ["free", "none"])
+def test_orders_that_are_not_reproducible_train_too(turns: str, run: Runner, slow: None) -> None:
+    summary = run(rule=EASGD(tau=2), workers=3, steps=60, eval_every=20, device="cuda", turns=turns)
+    assert summary["status"] == "done"
+    assert summary["test_error"] < 0.7
+    assert config_of(summary)["exchange"] == "zerocopy"
+
+
+def test_passm_trains_without_turns(run: Runner) -> None:
+    summary = run(rule=PASSM(), workers=2, steps=60, device="cuda")
+    assert summary["status"] == "done" and summary["test_error"] < 0.7
+
+
+def test_a_straggler_is_named(run: Runner) -> None:
+    for rule in (EASGD(tau=1), LocalSGD(tau=1)):
+        summary = run(rule=rule, workers=3, steps=25, device="cuda", faults=(Fault("pace", 2, 0, 0.02),))
+        waited = summary["worker_reports"][0]["waited_for_s"]
+        assert waited[2] > 0.1 and waited[2] == max(waited)
+
+
+def test_float16_scales_its_loss(run: Runner) -> None:
+    summary = run(workers=2, steps=30, device="cuda", precision="fp16", checkpoint_every=15)
+    assert summary["status"] == "done" and summary["train_loss"] < 2.2
+    again = run(workers=2, steps=30, precision="fp16")
+    assert again["center_sha256"] == summary["center_sha256"]
+
+
+# What the machine offers
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({}, "memops"), ({"FAKE_CUDA_ATTR": "122=0"}, "kernels"),
+        ({"FAKE_CUDA_ATTR": "122=0", "FAKE_CUDA_LOSES_WORDS": "1"}, "processor"),
+        ({"FAKE_CUDA_FAIL": "cuStreamWriteValue64_v2=801"}, "kernels"),
+    ],
+)  # fmt: skip
+def test_the_best_way_of_waiting_that_really_works_is_found(
+    environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphics, "TRIAL_S", 0.2)
+    # What is left of a trial is left to the process, here this one, where it is counted.
+    monkeypatch.setattr(graphics.Gpu, "abandon", lambda gpu: gpu.__exit__(None, None, None))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert graphics.look().words == words
+
+
+def test_a_run_without_operations_on_words_waits_by_kernels(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(workers=2, steps=20)
+    monkeypatch.setenv("FAKE_CUDA_ATTR", "122=0")
+    summary = run(workers=2, steps=20, device="cuda")
+    assert config_of(summary)["words"] == "kernels"
+    assert summary["center_sha256"] == expected["center_sha256"]
+
+
+REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "no driver": ({"EASGD_LIBCUDA": "/nowhere/libcuda.so.1"}, {}, "cannot be loaded .* train on the CPU"),
+    "an old driver": ({"FAKE_CUDA_VERSION": "11040"}, {}, "supports CUDA 11.4: the exchange needs at least 11.7"),
+    "no device": ({"FAKE_CUDA_DEVICES": "0"}, {}, "finds 0 devices: at least 1 is needed"),
+    "memory that cannot be pinned": (
+        {"FAKE_CUDA_FAIL": "cuMemHostRegister_v2=801"}, {}, "cuMemHostRegister_v2 failed with CUDA_ERROR_NOT_SUPPORTED",
+    ),
+    "no room for so many workers": (
+        {"FAKE_CUDA_FREE_MIB": "1000"}, {"workers": 4},
+        r"workers=4: 4 of them would be on GPU 0 \(Fake GPU 0\).* only 1.0 GiB are free; choose fewer workers",
+    ),
+    "whole blocks without turns": (
+        {}, {"rule": EASGD(), "turns": "none", "exchange": "overlap"}, "exchange=overlap with turns=none: whole blocks",
+    ),
+    "an exchange on the CPU": ({}, {"device": "cpu", "exchange": "inline"}, "exchange=inline: says how a GPU reaches"),
+    "TF32 on the CPU": ({}, {"device": "cpu", "tf32": True}, "tf32=True: says how a GPU computes, but device=cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_missing_is_said_before_training(
+    what: str, run: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment, values, said = REFUSED[what]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises((ValueError, MemoryError), match=said) as refusal:
+        run(**{"device": "cuda", "out": str(tmp_path / "out"), **values})
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_cupy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(name: str, capability: tuple[int, int]) -> bytes:
+        raise ModuleNotFoundError("No module named 'cupy'")
+
+    monkeypatch.setattr(graphics, "compiled", compiled)
+    with pytest.raises(ValueError, match=r"device=cuda: CuPy, .* cannot be imported \(No module named 'cupy'\); pip"):
+        graphics.look()
+
+
+def test_a_torch_that_cannot_use_the_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device=cuda: torch .* finds no GPU that it can use, while the driver"):
+        graphics._check_torch(graphics.Driver.open())
+
+
+def test_an_active_mps_is_warned_of(run: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    summary = run(workers=2, steps=5, device="cuda")
+    assert any(one.startswith("MPS is active") for one in summary["warnings"])
+
+
+def test_a_worker_for_which_the_gpu_has_no_memory_is_reported_by_the_drivers_error(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = graphics.look()
+    monkeypatch.setattr("easgd_local.prepare.ask", lambda function: found)
+    monkeypatch.setenv("FAKE_CUDA_FAIL", "cuMemAlloc_v2=2")
+    summary = run(workers=2, steps=5, device="cuda")
+    assert summary["status"] == "failed"
+    assert "cuMemAlloc_v2 failed with CUDA_ERROR_OUT_OF_MEMORY (2): out of memory; free some" in (
+        summary["failures"][0]["cause"]
+    )
