@@ -80,7 +80,7 @@ class Config:
     exchange: Literal["auto", "overlap", "inline", "zerocopy"] = flag(
         "auto",
         "cuda: overlap carries blocks of the center to the GPU beside the gradient, inline before it, zerocopy works "
-        "on them through the link; default zerocopy for small models and coherent links",
+        "on them through the link; auto is zerocopy for small models and coherent links, else overlap",
     )
     channels_last: bool = flag(
         False,

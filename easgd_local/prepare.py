@@ -185,8 +185,8 @@ def _graphics(config: Config) -> tuple[Graphics | None, list[str]]:
             found: Graphics = ask(look)
         except ChildDied as error:
             raise ValueError(
-                f"device=cuda: the process that looks for GPUs ended without an answer ({error}), so the driver does not "
-                f"work; see what nvidia-smi says, or use --device cpu."
+                f"device=cuda: the process that looks for GPUs ended without an answer ({error}), so the driver does "
+                f"not work; see what nvidia-smi says, or use --device cpu."
             ) from error
         mps = "MPS is active, with which easgd_local has never been tried; if a run hangs, stop the MPS daemon."
         return found, [UNTRIED, *([mps] if found.mps else [])]

@@ -165,6 +165,7 @@ CALLS: dict[str, Callable[[Rig], Any]] = {
     "cuMemHostRegister_v2": lambda rig: HostMemory.register(rig.driver, rig.shared.address, PAGE),
     "cuMemHostGetDevicePointer_v2": lambda rig: rig.host.device_address(),
     "cuMemHostUnregister": lambda rig: give_back(rig.host),
+    "cuMemGetInfo_v2": lambda rig: rig.driver.free_bytes(),
     "cuMemAlloc_v2": lambda rig: DeviceMemory.allocate(rig.driver, 1),
     "cuMemFree_v2": lambda rig: give_back(rig.memory),
     "cuStreamCreateWithPriority": lambda rig: Stream.create(rig.driver),
