@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from easgd_local import kernels
+from easgd_local.graphics import Graphics
 
 KERNELS = Path(kernels.__file__).parent
 FLAGS = "-std=c++17 -O1 -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Werror -shared -fPIC -pthread".split()
@@ -35,6 +36,15 @@ def build(folder: Path) -> Path:
     done = subprocess.run([*command, str(here / "fakecuda.cpp"), "-o", str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
+
+
+@pytest.fixture
+def found(fake_cuda: Path) -> Graphics:
+    """What the pretended driver offers: one GPU."""
+    images = {"all": b"the pretended driver has every kernel"}
+    return Graphics(
+        ("Fake GPU 0",), ((9, 0),), (2**33,), {(9, 0): images}, "memops", coherent=False, mps=False, pretended=True
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
-"""One worker on the pretended GPU, as a process of the fork server, which has imported torch already."""
+"""One worker on a GPU, pretended or real, as a process of the fork server, which has imported torch already."""
 
 from __future__ import annotations
 
-import ctypes
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from easgd_local.backend.cuda import CudaOps, DeviceVector
 from easgd_local.center import Center
@@ -18,16 +19,6 @@ from easgd_local.rules.base import Rule
 from easgd_local.schedules import Calendar
 from easgd_local.worker import TrainingPlan, Worker
 from tests.threads import LAYERS, noisy_quadratic, plan_of
-
-IMAGES = {"all": b"the pretended driver has every kernel"}
-
-
-def graphics(exchange: str = "overlap", words: str = "memops") -> Graphics:
-    """One pretended GPU."""
-    return Graphics(
-        ("Fake GPU 0",), ((9, 0),), (2**33,), {(9, 0): IMAGES}, words, coherent=False, mps=False, pretended=True,
-        exchange=exchange,
-    )  # fmt: skip
 
 
 class DeviceGradients:
@@ -41,11 +32,11 @@ class DeviceGradients:
 
     def __call__(self, ops: CudaOps, t: int, at: DeviceVector, only: slice | None = None) -> DeviceVector:
         self._place.touch([at], [self._g])  # as a model's forward pass has to
-        x = np.ctypeslib.as_array((ctypes.c_float * self.n).from_address(at.address))
-        g = np.ctypeslib.as_array((ctypes.c_float * self.n).from_address(self._g.address))
-        g[:] = self._function(self._rank, t, x)
+        x, g = (self._place.tensor(one) for one in (at, self._g))
+        values = self._function(self._rank, t, x.cpu().numpy())
         if only is not None:
-            g[: only.start] = g[only.stop :] = 0
+            values[: only.start] = values[only.stop :] = 0
+        g.copy_(torch.from_numpy(values))
         return self._g
 
     def zero(self, ops: CudaOps) -> DeviceVector:
@@ -74,14 +65,14 @@ def plan_for(
 
 
 def main(
-    memory: str, environment: dict[str, str], rank: int, dies_at: int | None = None, forgets: str = "",
+    memory: str, environment: dict[str, str], found: Graphics, rank: int, dies_at: int | None = None, forgets: str = "",
     function: str = "noisy quadratic", exchange: str = "overlap", words: str = "memops", **values: Any,
 ) -> None:  # fmt: skip
     """Runs worker `rank` to its end, on the center in the file `memory`."""
     os.environ.update(environment)  # the fork server's is older
     plan = plan_for(**values)
     center = Center.attach(plan.layout, os.open(memory, os.O_RDWR))
-    place = OnGpu(center, rank, plan.calendar, graphics(exchange, words))
+    place = OnGpu(center, rank, plan.calendar, replace(found, exchange=exchange, words=words))
     gradient = DeviceGradients(rank, place, plan.layout.n, function)
     worker = Worker(rank, center, plan, gradient, lambda *args, **kwargs: None, 0, place)
     if forgets == "the turn":

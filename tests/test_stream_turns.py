@@ -15,13 +15,14 @@ from easgd_local import launcher
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.backend.cuda import OPERATIONS, CudaOps, Gpu, Transfer, compiled
 from easgd_local.center import Center
+from easgd_local.graphics import Graphics
 from easgd_local.referee import Referee
 from easgd_local.schedules import Calendar
 from easgd_local.stream_turns import Link, StreamStrict
 from easgd_local.turns import Aborted
 from tests import listings, threads
 from tests.conftest import eventually
-from tests.stream_peers import IMAGES, main, noise, plan_for
+from tests.stream_peers import main, noise, plan_for
 from tests.threads import N, starting_point
 
 pytest_plugins = ["tests.fake_cuda"]
@@ -48,12 +49,12 @@ class Run:
     """A center, and processes that work on it."""
 
     def __init__(
-        self, stack: ExitStack, rule: dict[str, Any], workers: int, steps: int, evaluate_every: int = 0,
-        turns: str = "strict", **more: str,
+        self, stack: ExitStack, found: Graphics, rule: dict[str, Any], workers: int, steps: int,
+        evaluate_every: int = 0, turns: str = "strict", **more: Any,
     ) -> None:  # fmt: skip
         self.values = {"rule": rule, "workers": workers, "steps": steps, "n": N, "evaluate_every": evaluate_every}
         self.values |= {"turns": turns}
-        self.plan, self._more = plan_for(**self.values), more
+        self.plan, self._more = plan_for(**self.values), {"found": found, **more}
         self.center = stack.enter_context(Center.create(self.plan.layout))
         for name in self.center.vectors:
             if name.rstrip("0123456789") in ("c", *self.plan.rule.copies):
@@ -90,9 +91,9 @@ class Run:
 
 
 @pytest.fixture
-def run() -> Iterator[Callable[..., Run]]:
+def run(found: Graphics) -> Iterator[Callable[..., Run]]:
     with ExitStack() as stack:
-        yield lambda *args, **kwargs: Run(stack, *args, **kwargs)
+        yield lambda *args, **kwargs: Run(stack, found, *args, **kwargs)
 
 
 @pytest.fixture
@@ -206,8 +207,8 @@ def test_a_missing_wait_is_found(forgotten, run, slow):
 
 
 @pytest.fixture
-def gpu() -> Iterator[Gpu]:
-    with Gpu(IMAGES) as made:
+def gpu(found: Graphics) -> Iterator[Gpu]:
+    with Gpu(found.images_for(0)) as made:
         yield made
 
 
