@@ -24,6 +24,7 @@ from easgd_local.batches import Positions
 from easgd_local.calibrate import recalibrate
 from easgd_local.center import Center
 from easgd_local.child import Refusal
+from easgd_local.devices import place_of
 from easgd_local.flat import Entry, Flat, Naming
 from easgd_local.randomness import random_state, restore_random, seed_of, seeded
 from easgd_local.rules.base import Rule
@@ -85,8 +86,10 @@ class Attached(Visitor):
         rule = plan.rule
         super().__init__(
             rank, center, plan, flat.buffers, post, start.t, kept=rule.over_local, scratch=rule.over_scratch,
-            run_t=start.run_t,
+            run_t=start.run_t, place=place_of(center, rank, plan.calendar, plan.graphics),
         )  # fmt: skip
+        self._tensor = self._place.tensor(self.x)
+        self._ahead: tuple[int, Any] | None = None  # the clock of an exchange that has begun, and its d
         self._flat, self._attachment, self._conn = flat, attachment, conn
         self._parameters = [id(one) for one in attachment.model.parameters()]
         self._stepped: set[int] = set()  # the optimizers that have made their part of the step under way
@@ -107,7 +110,8 @@ class Attached(Visitor):
 
     def bind(self) -> None:
         """The model computes in x from now on, and the optimizers tell of their steps."""
-        self._flat.bind(self.x)
+        self._place.touch([self.x], [self.x])
+        self._flat.bind(self._tensor)
         for optimizer in self._attachment.optimizers:
             optimizer.register_step_pre_hook(self._optimizer_steps)
             optimizer.register_step_post_hook(self._optimizer_has_stepped)
@@ -147,12 +151,14 @@ class Attached(Visitor):
             self._boundary_in_step()
         if faults.due(self._plan.faults, "nan", self.rank, self.t):
             self.ops.fill(self.x[: self._buffers.start // 2], math.nan)
+            self._place.touch([self.x], [self.x])
         if not self._rule.replaces:
             self._meet()
 
     @torch.no_grad()
     def after_step(self) -> None:
         """The optimizers have moved x."""
+        self._place.step_made()
         self._count_step(self._loss)
         self._loss = None
         self._center.clock[self.rank] = self.t
@@ -167,8 +173,13 @@ class Attached(Visitor):
 
     def _meet(self) -> None:
         before = self._exchanges
-        if (d := self._rule.meet(self)) is not None:
+        if self._ahead is not None and self._ahead[0] == self.t:
+            (_, d), self._ahead, before = self._ahead, None, before - 1
+        else:
+            d = self._rule.meet(self)
+        if d is not None:
             self.ops.subtract(self.x, d)  # x <- x - d
+        self._place.touch([self.x], [self.x])  # the loop's next operations are torch's own
         if self._exchanges > before and self._attachment.optimizer_state == "reset":
             self._reset_optimizers()
         if self._reloaded_at == self.t:
@@ -204,7 +215,7 @@ class Attached(Visitor):
             raise Refusal(str(error)) from error
 
     def _check_bound(self) -> None:
-        name = self._flat.strayed(self.x)
+        name = self._flat.strayed(self._tensor)
         if name is None and self.t % self._rule.period == 0:
             name = self._replaced()
         if name is not None:
@@ -223,8 +234,8 @@ class Attached(Visitor):
 
     # Between two steps
 
-    def between_steps(self) -> None:
-        """Nothing of step t has begun: its batch has not been drawn yet."""
+    def between_steps(self, *, ends: bool = False) -> None:
+        """Nothing of step t has begun: its batch has not been drawn yet, or it never begins."""
         if self._between_t == self.t:
             return
         self._between_t, self._noted = self.t, None
@@ -233,6 +244,15 @@ class Attached(Visitor):
             restore_random(self._random)
             self._random = None
         self._boundary()
+        if not ends:
+            self._meet_beside_gradient()
+
+    def _meet_beside_gradient(self) -> None:
+        """On a GPU begins the exchange of step t, which goes on beside forward and backward: they change nothing of x
+        but its buffers."""
+        beside = self._plan.graphics is not None and not self._rule.replaces and self._ahead is None
+        if beside and self._buffers.stop == self._buffers.start and self.t % self._rule.period == 0:
+            self._ahead = (self.t, self._rule.meet(self))
 
     def _boundary_in_step(self) -> None:
         """The loop did not say when step t began, so the state at its beginning counts if it was noted."""
@@ -249,11 +269,22 @@ class Attached(Visitor):
                 "attach: the loop is over, and the attached optimizer has made no step; attach the very optimizer that "
                 "the loop steps, and see that the loop gets batches."
             )
+        if self._ahead is not None:  # a batch was drawn for a step that is not made
+            self._meet()
         self._between_t = -1
-        self.between_steps()
+        self.between_steps(ends=True)
+        self.drain()
         self._depart()
         self._post("finished")
         self._linger()
+
+    def drain(self) -> None:
+        """Returns when everything enqueued on the device is done."""
+        self._place.drain()
+
+    def close(self, *, drained: bool) -> None:
+        """Gives the device back; what is not drained is left to the end of the process."""
+        self._place.close(drained=drained)
 
     def _depart(self) -> None:
         super()._depart()
@@ -294,7 +325,7 @@ class Attached(Visitor):
     def state(self) -> dict[str, Any]:
         """All that belongs to this worker between two steps; the shared vectors are the center's."""
         passing = self._noted or self._passing_state()
-        kept = {name: torch.from_numpy(value.copy()) for name, value in self._kept.items()}
+        kept = {name: torch.from_numpy(self._place.host(value).copy()) for name, value in self._kept.items()}
         kept["x"][self._buffers] = passing["buffers"]
         return {
             "t": self.t,
@@ -310,7 +341,7 @@ class Attached(Visitor):
         """What the forward pass of the next step will change."""
         return {
             "own": self._flat.naming().own,
-            "buffers": torch.from_numpy(self.x[self._buffers].copy()),
+            "buffers": torch.from_numpy(self._place.host(self.x[self._buffers]).copy()),
             "random": random_state(),
             "positions": self._attachment.positions.now(),
         }
@@ -353,7 +384,7 @@ class Attached(Visitor):
             model = copy.deepcopy(self._attachment.model)
         except RuntimeError as error:
             raise Refusal(f"the model cannot be copied, so the center cannot be looked at in one: {error}") from error
-        self._flat.of(model).bind(values)
+        self._flat.of(model).bind(torch.from_numpy(values).to(self._place.device))
         return model.eval()
 
     def _result(self, vectors: Mapping[str, Vector]) -> Vector:

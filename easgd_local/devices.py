@@ -25,6 +25,18 @@ Array = NDArray[np.float32]
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"  # queues of the device: fewer than streams would put one behind another
 
 
+def take_seat(graphics: Graphics | None, rank: int) -> torch.device:
+    """Makes torch compute for worker `rank` on its GPU, on a stream of its own; where that is: the CPU without GPUs."""
+    if graphics is None or graphics.pretended:
+        return torch.device("cpu")
+    os.environ.setdefault(CONNECTIONS, "32")
+    device = torch.device("cuda", graphics.device_of(rank))
+    torch.cuda.set_device(device)
+    if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+    return device
+
+
 class Place(Memory, Protocol):
     """What a worker needs of its device. `shared` are the center's vectors as rules see them in an exchange."""
 
@@ -84,22 +96,15 @@ class OnCpu(MainMemory):
 class OnGpu:
     """Memory and streams of a device; turns are waited for by the device. Rules' vectors are `DeviceVector`s.
 
-    torch computes on the stream `training` of the same device, or, where the driver is one that only pretends, on the
-    processor, in the memory that is taken for the device's.
+    torch computes on the same device, on the stream that is current when this is made, or, where the driver is one
+    that only pretends, on the processor, in the memory that is taken for the device's.
     """
 
     def __init__(self, center: Center, rank: int, calendar: Calendar, graphics: Graphics) -> None:
-        os.environ.setdefault(CONNECTIONS, "32")
-        number = graphics.device_of(rank)
         self._pretended = graphics.pretended
-        self.device, handle = torch.device("cpu"), 0
-        if not graphics.pretended:
-            self.device = torch.device("cuda", number)
-            torch.cuda.set_device(self.device)
-            self._stream = torch.cuda.Stream(self.device)
-            torch.cuda.set_stream(self._stream)
-            handle = self._stream.cuda_stream
-        self.gpu = Gpu(graphics.images_for(rank), number, handle)
+        self.device = take_seat(graphics, rank)
+        handle = 0 if graphics.pretended else torch.cuda.current_stream(self.device).cuda_stream
+        self.gpu = Gpu(graphics.images_for(rank), graphics.device_of(rank), handle)
         self.ops, self._transfer = CudaOps(self.gpu), Transfer(self.gpu)
         self._link = Link(center, self.gpu, self.ops, graphics.exchange)
         self._rank, self._calendar, self._words = rank, calendar, graphics.words

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from easgd_local.child import Refusal
+from easgd_local.devices import take_seat
+from easgd_local.graphics import Graphics
 from easgd_local.loop import LoopWorker
 from easgd_local.randomness import seed_all, seed_of
 from easgd_local.turns import Aborted
@@ -83,22 +85,30 @@ def job_of(fn: Callable[..., object], args: tuple[Any, ...]) -> Job:
     return Job(name, label, pickled, main, dict(os.environ), multiprocessing.get_start_method(allow_none=True))
 
 
-def main(conn: Connection, fds: list[int], rank: int, workers: int, job: Job, seed: int, threads: int) -> None:
+def main(
+    conn: Connection, fds: list[int], rank: int, workers: int, job: Job, seed: int, threads: int,
+    graphics: Graphics | None,
+) -> None:  # fmt: skip
     """The process: the user's function from its first line to its return, then waiting for the others."""
     os.environ.update(job.environment | environment(rank, workers))
     multiprocessing.set_start_method(job.start_method, force=True)
     torch.set_num_threads(threads)
     seed_all(seed_of(seed, rank))
     fn, args = job.load()
-    worker = LoopWorker(rank, workers, conn, seed)
+    worker, drained = LoopWorker(rank, workers, conn, seed, take_seat(graphics, rank)), False
     try:
         fn(worker, *args)
         sys.stdout.flush()
         worker.finish()
+        drained = True
     except Stopped:
+        worker.drain()
+        drained = True
         conn.send(("stopped",))
     except Aborted:
         pass
+    finally:
+        worker.close(drained=drained)
 
 
 def environment(rank: int, workers: int) -> dict[str, str]:

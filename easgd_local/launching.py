@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from easgd_local.centers import CenterState
 from easgd_local.config import MAX_STEPS, WORKERS, check_choices, check_limits
 from easgd_local.faults import Fault
 from easgd_local.gathering import fill, gather
+from easgd_local.gpus import exchanging, find, notes
+from easgd_local.graphics import Graphics, device_name
 from easgd_local.launcher import Child, Launcher, warm_up
 from easgd_local.looprun import Gathered, LoopRun
 from easgd_local.metrics import Listener
@@ -41,7 +43,7 @@ class LaunchConfig:
 
     fn: str
     workers: int = WORKERS
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     out: str | None = None
     seed: int = 0
     threads: int | None = None
@@ -52,10 +54,6 @@ class LaunchConfig:
     faults: tuple[Fault, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        if str(self.device).startswith("cuda"):
-            raise ValueError(
-                f"device={self.device}: this version of easgd_local computes on CPUs only; use device=cpu."
-            )
         make_plain(self)
         check_limits(self, {"workers": 1, "seed": 0, "threads": 1, "checkpoint_every": 0, "keep": 1})
         check_choices(self)
@@ -105,6 +103,8 @@ def launch(
     fn: a function at the top level of a module or script; in it `worker.attach(model, optimizer, rule)` is all that a
     training loop needs (see `LoopWorker`). Scripts call `launch` under `if __name__ == "__main__":`.
     args: a tuple handed on to fn; must be picklable.
+    device: "cpu" or "cuda": workers compute on the GPUs of the machine in turn, several on one if need be; "auto" is
+    the CPU. On a GPU the loop's work belongs on the stream that is current when `fn` begins.
     out: the run folder, default runs/<time>-<script>; there are metrics.jsonl, summary.json, report.md, curves.png,
     center.safetensors and what the workers print, in logs/. The result's attribute `folder` names it.
     resume: the folder of an interrupted run, or one whose loop is to be longer now, to go on with: `attach` then
@@ -138,13 +138,14 @@ def launch(
     )  # fmt: skip
     run = None if resume is None else Path(resume)
     warm_up("easgd_local.preload_loop")
+    graphics = find(config.device)
     with contextlib.ExitStack() as ends:
         with signals(signal.default_int_handler):  # SIGTERM is a Ctrl-C, so that nothing is left behind
             folder = ends.enter_context(run_folder(config, job.label, run))
             launcher = ends.enter_context(Launcher(folder / "logs"))
-            start = partial(_start, launcher, job, config)
+            start = partial(_start, launcher, job, config, graphics)
             children = [start(rank) for rank in range(config.workers)]
-            gathered = ends.enter_context(prepare(config, folder, run, launcher, children, start))
+            gathered = ends.enter_context(prepare(config, folder, run, launcher, children, start, graphics))
         live = view_of(view)
         outcome = conduct(LoopRun(gathered, launcher, [*([live] if live else []), *listeners]), live)
     if isinstance(outcome, BaseException):
@@ -152,8 +153,10 @@ def launch(
     return outcome
 
 
-def _start(launcher: Launcher, job: hosted.Job, config: LaunchConfig, rank: int) -> Child:
-    arguments = (rank, config.workers, job, config.seed, config.thread_count)
+def _start(
+    launcher: Launcher, job: hosted.Job, config: LaunchConfig, graphics: Graphics | None, rank: int
+) -> Child:  # fmt: skip
+    arguments = (rank, config.workers, job, config.seed, config.thread_count, graphics)
     return launcher.start(f"worker-{rank}", hosted.main, [], arguments, rank)
 
 
@@ -181,17 +184,19 @@ def run_folder(config: LaunchConfig, label: str, resume: Path | None) -> Iterato
 @contextlib.contextmanager
 def prepare(
     config: LaunchConfig, folder: Path, resume: Path | None, launcher: Launcher, children: list[Child],
-    start_again: Callable[[int], Child],
+    start_again: Callable[[int], Child], graphics: Graphics | None = None,
 ) -> Iterator[Gathered]:  # fmt: skip
     """Waits until all workers have attached, creates the center, fills it; frees it in the end."""
     found = None if resume is None else checkpoint.newest(resume)
     proposal = gather(launcher, children)[0]
     agreed, plan = Agreed(config, _terms(proposal)), _plan(config, proposal, folder)
+    own_vectors = 1 + len(plan.rule.over_local) + len(plan.rule.over_scratch)
+    plan = replace(plan, graphics=exchanging(graphics, "auto", plan, own_vectors))
     if found is not None:
         _check_same(found[1].config, agreed.to_json(), folder)
         _check_same(saved_values(folder), agreed.to_json(), folder)
-    check_room(plan, 1 + len(plan.rule.over_local) + len(plan.rule.over_scratch))
-    warnings = plan.rule.warnings(config.workers, turns=plan.turns)
+    check_room(plan, 0 if graphics else own_vectors)
+    warnings = [*notes(graphics), *plan.rule.warnings(config.workers, turns=plan.turns)]
     with Center.create(plan.layout) as center:
         filler, t, seconds = 0, proposal.t, 0.0
         starts = {rank: Start(t) for rank in range(config.workers)}
@@ -257,7 +262,7 @@ def _plan(config: LaunchConfig, proposal: Proposal, folder: Path) -> Plan:
 
 def _effective(plan: Plan) -> dict[str, Any]:
     """What the configuration leaves open, as it was decided."""
-    return {"threads": plan.threads, "device": "cpu", **plan.rule.derived(plan.layout.workers)}
+    return {"threads": plan.threads, "device": device_name(plan.graphics), **plan.rule.derived(plan.layout.workers)}
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:

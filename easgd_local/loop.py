@@ -47,8 +47,10 @@ class LoopWorker:
     center: after the block of `join`, the center's state dict, in every worker.
     """
 
-    def __init__(self, rank: int, workers: int, conn: Connection, seed: int) -> None:
-        self.rank, self.workers, self.device = rank, workers, torch.device("cpu")
+    def __init__(
+        self, rank: int, workers: int, conn: Connection, seed: int, device: torch.device | None = None
+    ) -> None:  # fmt: skip
+        self.rank, self.workers, self.device = rank, workers, device or torch.device("cpu")
         self.generator = torch.Generator(self.device).manual_seed(seed_of(seed, rank))
         self._conn, self._seed = conn, seed
         self._positions = Positions()
@@ -234,6 +236,16 @@ class LoopWorker:
             self._post("unattached")
         else:
             self._attached.finish()
+
+    def drain(self) -> None:
+        """Returns when everything enqueued on the device is done."""
+        if self._attached is not None:
+            self._attached.drain()
+
+    def close(self, *, drained: bool) -> None:
+        """Gives the device back; what is not drained is left to the end of the process."""
+        if self._attached is not None:
+            self._attached.close(drained=drained)
 
     def _need(self, what: str) -> Attached:
         if self._attached is None:

@@ -19,15 +19,14 @@ from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
 from easgd_local.curvature import start_curvature
 from easgd_local.data import Dataset
 from easgd_local.flat import Flat
+from easgd_local.gpus import UNTRIED, exchanging, find, notes
 from easgd_local.gradient import Computing
-from easgd_local.graphics import Graphics, device_name, look
-from easgd_local.launcher import ChildDied, ask
+from easgd_local.graphics import Graphics, device_name
 from easgd_local.outset import check_room, copy_center, restore, set_turns, shared_names
 from easgd_local.partition import partition
 from easgd_local.rules.elastic import Elastic
 from easgd_local.runfolder import claim, lock, saved_config, write_config
 from easgd_local.schedules import Calendar
-from easgd_local.stream_turns import DEPTH
 from easgd_local.visitor import Start
 from easgd_local.worker import TrainingPlan
 
@@ -109,7 +108,7 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
             partition([entry.stop - entry.start for entry in flat.trained], plan.layout.workers)  # says if too few
         threads = thread_count(config, flat.model, plan.shape)
         plan = replace(plan, layout=replace(plan.layout, n=flat.n), threads=threads)
-        plan = replace(plan, graphics=_exchanging(config, plan))
+        plan = replace(plan, graphics=exchanging(plan.graphics, config.exchange, plan, _own_vectors(plan)))
         curvature = _curvature(plan, flat.model, dataset)
         warnings = _rule_warnings(config, curvature) + warnings
         check_room(plan, 0 if graphics else _own_vectors(plan))
@@ -181,15 +180,8 @@ def _check_tensorboard(config: Config) -> None:
 def _graphics(config: Config) -> tuple[Graphics | None, list[str]]:
     """The GPUs that the run uses, None on the CPU, and what is to be said of them."""
     if config.device == "cuda":
-        try:
-            found: Graphics = ask(look)
-        except ChildDied as error:
-            raise ValueError(
-                f"device=cuda: the process that looks for GPUs ended without an answer ({error}), so the driver does "
-                f"not work; see what nvidia-smi says, or use --device cpu."
-            ) from error
-        mps = "MPS is active, with which easgd_local has never been tried; if a run hangs, stop the MPS daemon."
-        return found, [UNTRIED, *([mps] if found.mps else [])]
+        found = find("cuda")
+        return found, notes(found)
     for name in ("tf32", "nondeterministic"):
         if getattr(config, name):
             raise ValueError(f"{name}=True: says how a GPU computes, but device={config.device}; leave it out.")
@@ -198,21 +190,7 @@ def _graphics(config: Config) -> tuple[Graphics | None, list[str]]:
             f"exchange={config.exchange}: says how a GPU reaches the center, but device={config.device}; leave it out."
         )
     gpus = hardware.gpus() if config.device == "auto" else []
-    return None, [f"{', '.join(gpus)} found and not used: {UNTRIED[0].lower()}{UNTRIED[1:]}"] if gpus else []
-
-
-UNTRIED = "Training on GPUs has been tested on a pretended driver only; --device cuda uses them all the same."
-
-
-def _exchanging(config: Config, plan: TrainingPlan) -> Graphics | None:
-    """How the GPUs exchange a model of this size; `MemoryError` if they have no room for the workers."""
-    if plan.graphics is None:
-        return None
-    layout = plan.layout
-    graphics = plan.graphics.exchanging(config.exchange, plan.turns, layout.vector_bytes)
-    staging = 0 if graphics.exchange == "zerocopy" else DEPTH * len(layout.shared) * layout.block_bytes
-    graphics.check_room(layout.workers, 4 * layout.n * _own_vectors(plan) + staging)
-    return graphics
+    return None, [f"{', '.join(gpus)} found and not used. {UNTRIED}"] if gpus else []
 
 
 def _own_vectors(plan: TrainingPlan) -> int:

@@ -1,4 +1,5 @@
-"""The random generators that a training loop may draw from: torch's, NumPy's and Python's own."""
+"""The random generators that a training loop may draw from: torch's, on the CPU and on the GPU in use, NumPy's and
+Python's own."""
 
 from __future__ import annotations
 
@@ -17,15 +18,16 @@ def seed_of(seed: int, number: int) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seeds all three."""
+    """Seeds all."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of all three."""
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    """The state of all."""
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
 
 
 def restore_random(state: dict[str, Any]) -> None:
@@ -33,11 +35,13 @@ def restore_random(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Meanwhile all three are seeded so; afterwards they go on as if nothing had been drawn."""
+    """Meanwhile all are seeded so; afterwards they go on as if nothing had been drawn."""
     before = random_state()
     seed_all(seed)
     try:

@@ -88,6 +88,17 @@ def train(worker: LoopWorker, epochs: int = 1, rule: Any = None, buffers: str = 
     epochs_of(worker, model, optimizer, worker.loader(trainset, 32), epochs)
 
 
+def bare(worker: LoopWorker, epochs: int = 1, rule: Any = None, leaves_early: bool = False) -> None:
+    """Without buffers, so that on a GPU exchanges go on beside the gradient."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).to(worker.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    worker.attach(model, optimizer, rule or easgd.EASGD(tau=4, beta=0.9), evaluate=scores)
+    loader = worker.loader(digits()[0], 32)
+    epochs_of(worker, model, optimizer, loader, epochs)
+    if leaves_early:
+        next(iter(loader))  # a batch for which no step is made
+
+
 def resumable(worker: LoopWorker, epochs: int, stop_at: int = 0, rule: Any = None, loader_workers: int = 0) -> None:
     """A model of every sort, an optimizer with state, a schedule; `stop_at` presses Ctrl-C in the launcher."""
     model = Odd()

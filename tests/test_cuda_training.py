@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+import easgd_local as easgd
 from easgd_local import graphics
 from easgd_local.faults import Fault
+from easgd_local.rules.downpour import Downpour
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.easgd import EASGD
 from easgd_local.rules.localsgd import LocalSGD
 from easgd_local.rules.passm import PASSM
+from tests import loops
+from tests.conftest import unpainted
 
 pytest_plugins = ["tests.fake_cuda"]
 pytestmark = pytest.mark.usefixtures("nothing_left", "fake_cuda")
@@ -120,6 +126,54 @@ def test_float16_scales_its_loss(run: Runner) -> None:
     assert again["center_sha256"] == summary["center_sha256"]
 
 
+# Loops of one's own
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., easgd.CenterState]:
+    """`launch` with two workers of one thread and no view; each call has a folder of its own."""
+    monkeypatch.setenv("LAUNCHER", str(os.getpid()))
+    count = iter(range(1000))
+
+    def start(fn: Any, *args: Any, **options: Any) -> easgd.CenterState:
+        usual: dict[str, Any] = {"workers": 2, "threads": 1, "view": False}
+        if "resume" not in options:
+            usual["out"] = str(tmp_path / f"loop-{next(count)}")
+        with unpainted():
+            return easgd.launch(fn, args=args, **(usual | options))
+
+    return start
+
+
+@pytest.mark.parametrize("rule", [EASGD(tau=4), EASGD(tau=1), LocalSGD(tau=4), Downpour(tau=3)], ids=str)
+def test_a_loop_of_ones_own_computes_on_the_gpu_what_it_does_on_the_cpu(rule: Any, launch: Any, slow: None) -> None:
+    loop = functools.partial(loops.bare, rule=rule)
+    on_cpu, on_gpu = launch(loop, 2), launch(loop, 2, device="cuda")
+    assert on_gpu.summary["status"] == "done"
+    assert on_gpu.summary["center_sha256"] == on_cpu.summary["center_sha256"]
+
+
+@pytest.mark.parametrize("rule", [EASGD(tau=4), Downpour(tau=4)], ids=lambda rule: rule.name)
+def test_a_model_of_every_sort_interrupted_and_resumed_ends_with_the_bits_of_the_cpu(rule: Any, launch: Any) -> None:
+    loop = functools.partial(loops.resumable, rule=rule)
+    whole = launch(loop, 1)
+    with pytest.raises(KeyboardInterrupt):
+        launch(loop, 1, 9, device="cuda", out=(folder := f"{whole.folder}-stopped"))
+    rest = launch(loop, 1, device="cuda", resume=folder)
+    assert rest.summary["center_sha256"] == whole.summary["center_sha256"]
+
+
+def test_a_loop_that_leaves_with_an_exchange_under_way_ends_well(launch: Any) -> None:
+    center = launch(functools.partial(loops.bare, rule=EASGD(tau=1), leaves_early=True), 1, device="cuda")
+    assert center.summary["status"] == "done"
+
+
+def test_when_a_loop_dies_the_others_finish(launch: Any) -> None:
+    center = launch(loops.killed, 1, workers=3, device="cuda")
+    assert center.summary["status"] == "done"
+    assert [one["state"] for one in center.summary["worker_reports"]].count("died") == 1
+
+
 # What the machine offers
 
 
@@ -207,7 +261,7 @@ def test_a_worker_for_which_the_gpu_has_no_memory_is_reported_by_the_drivers_err
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = graphics.look()
-    monkeypatch.setattr("easgd_local.prepare.ask", lambda function: found)
+    monkeypatch.setattr("easgd_local.gpus.ask", lambda function: found)
     monkeypatch.setenv("FAKE_CUDA_FAIL", "cuMemAlloc_v2=2")
     summary = run(workers=2, steps=5, device="cuda")
     assert summary["status"] == "failed"

@@ -177,7 +177,7 @@ def test_every_exchange_and_every_way_of_waiting_gives_the_same_center(
 ) -> None:
     hashes = {exchange: training(exchange=exchange)["center_sha256"] for exchange in EXCHANGES}
     for words in WAYS[1:]:
-        monkeypatch.setattr("easgd_local.prepare.ask", lambda function, w=words: replace(found, words=w))
+        monkeypatch.setattr("easgd_local.gpus.ask", lambda function, w=words: replace(found, words=w))
         hashes[words] = training(exchange="overlap")["center_sha256"]
     assert len(set(hashes.values())) == 1, hashes
 

@@ -32,7 +32,7 @@ LAYERS = (
     ("summary",),
     ("runfolder",),
     ("config",),
-    ("gathering", "outset"),
+    ("gathering", "outset", "gpus"),
     ("preload", "preload_loop"),
     ("launcher", "referee", "hosted"),
     ("evaluate", "loop"),

@@ -1,0 +1,47 @@
+"""What a run decides of its GPUs before it starts, whoever makes the workers' steps."""
+
+from __future__ import annotations
+
+from easgd_local.graphics import Graphics, look
+from easgd_local.launcher import ChildDied, ask
+from easgd_local.stream_turns import DEPTH
+from easgd_local.visitor import Plan
+
+UNTRIED = "Training on GPUs has been tested on a pretended driver only; --device cuda uses them all the same."
+MPS = "MPS is active, with which easgd_local has never been tried; if a run hangs, stop the MPS daemon."
+
+
+def find(device: str) -> Graphics | None:
+    """The GPUs of this machine for device=cuda, looked for in a process of their own; None for another device.
+
+    Raises `ValueError` with one sentence for what is missing.
+    """
+    if device != "cuda":
+        return None
+    try:
+        found: Graphics = ask(look)
+    except ChildDied as error:
+        raise ValueError(
+            f"device=cuda: the process that looks for GPUs ended without an answer ({error}), so the driver does not "
+            f"work; see what nvidia-smi says, or use --device cpu."
+        ) from error
+    return found
+
+
+def notes(graphics: Graphics | None) -> list[str]:
+    """What is to be said of a run on these GPUs."""
+    return [] if graphics is None else [UNTRIED, *([MPS] if graphics.mps else [])]
+
+
+def exchanging(graphics: Graphics | None, exchange: str, plan: Plan, own_vectors: int) -> Graphics | None:
+    """With the way of exchanging that was asked for, or that suits the plan.
+
+    Raises `MemoryError` if a GPU has no room for its workers, each with so many vectors of n floats.
+    """
+    if graphics is None:
+        return None
+    layout = plan.layout
+    graphics = graphics.exchanging(exchange, plan.turns, layout.vector_bytes)
+    staging = 0 if graphics.exchange == "zerocopy" else DEPTH * len(layout.shared) * layout.block_bytes
+    graphics.check_room(layout.workers, 4 * layout.n * own_vectors + staging)
+    return graphics
