@@ -261,6 +261,7 @@ class Attached(Visitor):
         if self._noted is not None:
             self._save_or_stop()
         self._noted = None
+        self._enter_step()
 
     def finish(self) -> None:
         """The loop is over: saves what is due, waits until all workers have finished."""
@@ -277,14 +278,6 @@ class Attached(Visitor):
         self._depart()
         self._post("finished")
         self._linger()
-
-    def drain(self) -> None:
-        """Returns when everything enqueued on the device is done."""
-        self._place.drain()
-
-    def close(self, *, drained: bool) -> None:
-        """Gives the device back; what is not drained is left to the end of the process."""
-        self._place.close(drained=drained)
 
     def _depart(self) -> None:
         super()._depart()

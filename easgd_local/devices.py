@@ -22,14 +22,22 @@ from easgd_local.stream_turns import ORDERS, Link, StreamTurns
 from easgd_local.turns import FreeTurns, NoTurns, StrictTurns, TogetherTurns, Turns
 
 Array = NDArray[np.float32]
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"  # queues of the device: fewer than streams would put one behind another
+# What CUDA is told before it starts, unless the user said otherwise: as many queues as there can be, since of two streams
+# in one queue one waits behind the other; and room for steps that are enqueued behind an exchange.
+ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_SCALE_LAUNCH_QUEUES": "4x"}
+
+
+def set_environment() -> None:
+    """Says so, in this process."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def take_seat(graphics: Graphics | None, rank: int) -> torch.device:
     """Makes torch compute for worker `rank` on its GPU, on a stream of its own; where that is: the CPU without GPUs."""
     if graphics is None or graphics.pretended:
         return torch.device("cpu")
-    os.environ.setdefault(CONNECTIONS, "32")
+    set_environment()
     device = torch.device("cuda", graphics.device_of(rank))
     torch.cuda.set_device(device)
     if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
@@ -101,10 +109,17 @@ class OnGpu:
     """
 
     def __init__(self, center: Center, rank: int, calendar: Calendar, graphics: Graphics) -> None:
-        self._pretended = graphics.pretended
-        self.device = take_seat(graphics, rank)
-        handle = 0 if graphics.pretended else torch.cuda.current_stream(self.device).cuda_stream
-        self.gpu = Gpu(graphics.images_for(rank), graphics.device_of(rank), handle)
+        self._pretended, number = graphics.pretended, graphics.device_of(rank)
+        self.device, handle = torch.device("cpu") if graphics.pretended else torch.device("cuda", number), 0
+        if not graphics.pretended and torch.cuda.is_initialized():  # by a loop that has taken its seat
+            handle = torch.cuda.current_stream(self.device).cuda_stream
+        set_environment()
+        self.gpu = Gpu(graphics.images_for(rank), number, handle)
+        if not graphics.pretended and not handle:
+            # torch's own streams come many at a time, more than the device has queues: so it gets one of ours.
+            torch.cuda.set_device(self.device)
+            self._stream = torch.cuda.ExternalStream(self.gpu.training.handle, device=self.device)
+            torch.cuda.set_stream(self._stream)
         self.ops, self._transfer = CudaOps(self.gpu), Transfer(self.gpu)
         self._link = Link(center, self.gpu, self.ops, graphics.exchange)
         self._rank, self._calendar, self._words = rank, calendar, graphics.words
@@ -112,7 +127,8 @@ class OnGpu:
 
     def vector(self, n: int) -> DeviceVector:
         new = self.gpu.allocate(n)
-        self.gpu.training.fill(new.address, 0, n)
+        if n:
+            self.gpu.training.fill(new.address, 0, n)
         return new
 
     def tensor(self, x: DeviceVector) -> Tensor:
@@ -135,6 +151,8 @@ class OnGpu:
 
     def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Callable[[slice], None]) -> Turns:
         kind = ORDERS[order]
+        if order in ("free", "none"):  # without common rounds a worker holds at its boundary
+            hold = _no_hold
         self._turns: StreamTurns = kind(self._link, self._rank, self._calendar, self._words, hold, first_round, close)
         return self._turns
 
@@ -148,6 +166,9 @@ class OnGpu:
         if not drained:  # a stream may wait for somebody who never comes, and the driver would wait for the stream
             self.gpu.abandon()
         self.gpu.__exit__(None, None, None)
+
+
+def _no_hold() -> None: ...
 
 
 def place_of(center: Center, rank: int, calendar: Calendar, graphics: Graphics | None) -> Place:

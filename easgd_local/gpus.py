@@ -41,7 +41,7 @@ def exchanging(graphics: Graphics | None, exchange: str, plan: Plan, own_vectors
     if graphics is None:
         return None
     layout = plan.layout
-    graphics = graphics.exchanging(exchange, plan.turns, layout.vector_bytes)
+    graphics = graphics.exchanging(exchange, plan.turns, layout.vector_bytes, layout.workers)
     staging = 0 if graphics.exchange == "zerocopy" else DEPTH * len(layout.shared) * layout.block_bytes
     graphics.check_room(layout.workers, 4 * layout.n * own_vectors + staging)
     return graphics

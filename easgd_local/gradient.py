@@ -19,15 +19,14 @@ from easgd_local.loss_scale import scaled
 from easgd_local.memory import MainMemory, Memory
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHARE_FOR_DATA = 0.25  # of the free memory of a device, for all of its workers together
 
 
 @dataclass(frozen=True)
 class Computing:
     """How a model computes: on the processor or a GPU (torch's name for it), the precision of forward and backward (one
     of PRECISIONS), and the order of a picture's elements in memory: channel by channel (torch's default), or with the
-    channels of each pixel together. `compiled` by torch.compile; on a GPU `deterministic` algorithms only, and `tf32`
-    in matrix products and convolutions of float32."""
+    channels of each pixel together. `compiled` by torch.compile; on a GPU `deterministic` algorithms only, `tf32` in
+    matrix products and convolutions of float32, and the training pictures there."""
 
     precision: str = "fp32"
     channels_last: bool = False
@@ -35,6 +34,7 @@ class Computing:
     compiled: bool = False
     deterministic: bool = True
     tf32: bool = False
+    pictures_on_device: bool = False
 
     def context(self) -> contextlib.AbstractContextManager[object]:
         """bfloat16 or float16 where torch holds that to be safe, or plain float32."""
@@ -58,6 +58,7 @@ class Computing:
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose as it likes
             torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # which only helps to find mistakes
 
     def model(self, model: nn.Module) -> nn.Module:
         """The model as it is called."""
@@ -84,9 +85,7 @@ class Gradient:
         weight_decay: float,
         computing: Computing = USUAL,
         memory: Memory | None = None,
-        sharers: int = 1,
     ) -> None:
-        """Vectors are those of `memory`; `sharers` workers share its device."""
         self._memory = MainMemory() if memory is None else memory
         self._device = self._memory.device
         self.flat = Flat(model.to(self._device))
@@ -102,17 +101,10 @@ class Gradient:
         self._bound: Any = None
         self._next_t = -1
         self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
-        self._on_device = self._copied(sharers)
-
-    def _copied(self, sharers: int) -> OnDevice | None:
-        """The training pictures on the GPU, if there is one with room for them."""
-        train = self._dataset.train
-        if self._device.type == "cpu" or not isinstance(train, MemorySplit):
-            return None
-        free, _ = torch.cuda.mem_get_info(self._device)
-        if train.images.nbytes * sharers > SHARE_FOR_DATA * free:
-            return None
-        return OnDevice(train, self._dataset, self._device)
+        self._on_device: OnDevice | None = None
+        if computing.pictures_on_device:
+            assert isinstance(dataset.train, MemorySplit)
+            self._on_device = OnDevice(dataset.train, dataset, self._device)
 
     @property
     def layers(self) -> list[slice]:
@@ -145,6 +137,17 @@ class Gradient:
         if self._weight_decay:
             ops.add_decay(self._g[trained], at[trained], self._weight_decay)  # g <- g + λx
         return self._g
+
+    def warm_up(self, ops: Any, t: int, at: Any) -> None:
+        """A gradient of which nothing stays but what is in `at`: so that what is slow the first time is done."""
+        others = [one for one in self.flat.model.buffers() if one.dtype != torch.float32]
+        before = [one.clone() for one in others]
+        self(ops, t, at)
+        with torch.no_grad():
+            for one, value in zip(others, before, strict=True):
+                one.copy_(value)
+        if self.loss_scale is not None:
+            ops.fill(self.loss_scale, 0.0)
 
     def zero(self, ops: Any) -> Any:
         """g = 0: the gradient of a worker that has just been reloaded from the center."""

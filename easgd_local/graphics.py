@@ -16,13 +16,13 @@ from pathlib import Path
 
 from easgd_local import kernels
 from easgd_local.backend.cuda import Gpu, compiled
-from easgd_local.backend.driver import Attribute, Device, Driver, DriverError
+from easgd_local.backend.driver import Attribute, Device, Driver, DriverError, Stream
 
 Capability = tuple[int, int]
 
 SMALL_BYTES = 1 << 20  # of c: below it blocks are not worth carrying. Not measured on a GPU yet.
 CONTEXT_BYTES = 600 << 20  # what a process takes of a GPU beside its vectors and activations: an estimate
-TRIAL_S = 1.0
+TRIAL_S, EARLY_S = 1.0, 5e-3
 TRIAL_VALUE = 2**40 + 1
 PAGE = 4096
 
@@ -53,8 +53,9 @@ class Graphics:
         """The kernels for the GPU of worker `rank`."""
         return self.images[self.capabilities[self.device_of(rank)]]
 
-    def exchanging(self, exchange: str, turns: str, vector_bytes: int) -> Graphics:
-        """With the way of exchanging that was asked for, or the one that suits a center of this size.
+    def exchanging(self, exchange: str, turns: str, vector_bytes: int, workers: int) -> Graphics:
+        """With the way of exchanging that was asked for, or the one that suits a center of this size; and the way of
+        waiting that suits so many workers.
 
         Raises `ValueError` for one that is wrong with this order of turns.
         """
@@ -63,16 +64,20 @@ class Graphics:
                 f"exchange={exchange} with turns=none: whole blocks would be brought back over what others wrote "
                 f"meanwhile; use exchange=zerocopy, or leave it out."
             )
+        words = self.words
+        if words == "kernels" and workers > len(self.names):
+            words = "processor"  # a kernel that waits would take its share of the time from the others on its GPU
         if exchange == "auto":
             in_place = turns == "none" or self.coherent or vector_bytes <= SMALL_BYTES
             exchange = "zerocopy" if in_place else "overlap"
-        return replace(self, exchange=exchange)
+        return replace(self, exchange=exchange, words=words)
 
     def check_room(self, workers: int, needed_bytes: int) -> None:
         """`MemoryError` unless each GPU has room for so many bytes for each of its workers."""
         for number, free in enumerate(self.free_bytes):
             here = sum(self.device_of(rank) == number for rank in range(workers))
-            if here * (needed_bytes + CONTEXT_BYTES) > free:
+            evaluator = CONTEXT_BYTES if number == 0 else 0
+            if here * (needed_bytes + CONTEXT_BYTES) + evaluator > free:
                 raise MemoryError(
                     f"workers={workers}: {here} of them would be on GPU {number} ({self.names[number]}), where each "
                     f"takes {(needed_bytes + CONTEXT_BYTES) / 2**30:.1f} GiB without its activations and only "
@@ -150,39 +155,35 @@ def _trial(device: Device, images: Mapping[str, bytes]) -> tuple[str, int]:
     gpu = Gpu(images, device.number)
     free = gpu.driver.free_bytes()
     memory = mmap.mmap(-1, PAGE)
-    word = gpu.register(memory, PAGE).device_address()
-    for value, way in enumerate(ORDER, TRIAL_VALUE):
-        if way == "processor" or (way == "memops" and not device.memops_64):
+    words = memoryview(memory).cast("Q")
+    address = gpu.register(memory, PAGE).device_address()
+    for place, way in enumerate(ORDER[:-1]):
+        if way == "memops" and not device.memops_64:
             continue
         try:
-            _write(gpu, way, word, value)
-            if _seen(memory, value) and _through(gpu, way, word, value):
+            if _works(gpu, way, words, address, 2 * place):
+                words.release()
                 gpu.__exit__(None, None, None)
                 return way, free
         except DriverError:
             continue
     gpu.abandon()  # a stream may wait for ever; it ends with this process
-    return "processor", free
+    return ORDER[-1], free
 
 
-def _write(gpu: Gpu, way: str, word: int, value: int) -> None:
+def _works(gpu: Gpu, way: str, words: memoryview[int], address: int, place: int) -> bool:
+    """Whether a stream waits for word `place` until it is written from here, and then writes the next one."""
+    stream, awaited, written = gpu.own(Stream.create(gpu.driver)), address + 8 * place, address + 8 * place + 8
     if way == "memops":
-        gpu.training.write_value(word, value)
+        stream.wait_value(awaited, TRIAL_VALUE)
+        stream.write_value(written, TRIAL_VALUE)
     else:
-        gpu.launch(gpu.training, "store_word", c_uint64(word), c_uint64(value))
-
-
-def _through(gpu: Gpu, way: str, word: int, value: int) -> bool:
-    """Whether a stream passes a wait for the value that is there."""
-    if way == "memops":
-        gpu.training.wait_value(word, value)
-    else:
-        gpu.launch(gpu.training, "await_word", c_uint64(word), c_uint64(value))
-    return _soon(gpu.training.is_done)
-
-
-def _seen(memory: mmap.mmap, value: int) -> bool:
-    return _soon(lambda: c_uint64.from_buffer(memory).value == value)
+        gpu.launch(stream, "await_word", c_uint64(awaited), c_uint64(TRIAL_VALUE))
+        gpu.launch(stream, "store_word", c_uint64(written), c_uint64(TRIAL_VALUE))
+    time.sleep(EARLY_S)
+    too_early = stream.is_done()
+    words[place] = TRIAL_VALUE
+    return not too_early and _soon(stream.is_done) and words[place + 1] == TRIAL_VALUE
 
 
 def _soon(done: Callable[[], bool]) -> bool:

@@ -47,8 +47,12 @@ class Optimizer:
         if memory.device.type == "cuda" and "capturable" in inspect.signature(cls).parameters:
             settings["capturable"] = True  # the number of steps is read on the device, and nobody waits for it
         self._torch = cls([self._parameter], **settings)
+        self._steps = memory.tensor(state[STEPS]).squeeze(0)
+        # Where torch wants the number of steps on the CPU, what is kept for checkpoints is a copy of it.
+        self._host_steps = torch.zeros(()) if memory.device.type == "cuda" and "capturable" not in settings else None
         own: dict[str, Any] = {one: memory.tensor(state[one]) for one in kind.state}
-        self._torch.state[self._parameter] = own | {"step": memory.tensor(state[STEPS]).squeeze(0)}
+        own["step"] = self._steps if self._host_steps is None else self._host_steps
+        self._torch.state[self._parameter] = own
 
     def step(self, g: Any, lr: float) -> None:
         """One step from x with the gradient g at step size η."""
@@ -56,4 +60,6 @@ class Optimizer:
         self._torch.param_groups[0]["lr"] = lr
         self._parameter.grad = self._memory.tensor(g)
         self._torch.step()
+        if self._host_steps is not None:
+            self._steps.fill_(self._host_steps)
         self._parameter.grad = None

@@ -17,7 +17,7 @@ from easgd_local import checkpoint, data, hardware, models
 from easgd_local.center import Center, Layout
 from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
 from easgd_local.curvature import start_curvature
-from easgd_local.data import Dataset
+from easgd_local.data import Dataset, MemorySplit
 from easgd_local.flat import Flat
 from easgd_local.gpus import UNTRIED, exchanging, find, notes
 from easgd_local.gradient import Computing
@@ -32,6 +32,7 @@ from easgd_local.worker import TrainingPlan
 
 CURVE_POINTS = 10  # evaluations of a run that does not say how often
 REPORTS = 100  # of each worker
+SHARE_FOR_PICTURES = 0.25  # of a GPU's free memory
 
 
 @dataclass
@@ -193,9 +194,17 @@ def _graphics(config: Config) -> tuple[Graphics | None, list[str]]:
     return None, [f"{', '.join(gpus)} found and not used. {UNTRIED}"] if gpus else []
 
 
+def _fits_on_device(dataset: Dataset, graphics: Graphics | None, workers: int) -> bool:
+    """Whether every worker may have the training pictures on its GPU."""
+    if graphics is None or not isinstance(dataset.train, MemorySplit):
+        return False
+    sharers = -(-workers // len(graphics.names))
+    return sharers * dataset.train.images.nbytes <= SHARE_FOR_PICTURES * min(graphics.free_bytes)
+
+
 def _own_vectors(plan: TrainingPlan) -> int:
-    """How many vectors of n floats each worker has: x, g and what the rule declares."""
-    return len(plan.rule.local) + len(plan.rule.scratch) + 2
+    """How many vectors of n floats each worker has: x, g and what the rule declares, and torch's optimizers pass by."""
+    return len(plan.rule.local) + len(plan.rule.scratch) + 2 + (3 if plan.rule.optimizer and plan.graphics else 0)
 
 
 def _plan(config: Config, dataset: Dataset, graphics: Graphics | None) -> tuple[TrainingPlan, list[str]]:
@@ -239,7 +248,7 @@ def _plan(config: Config, dataset: Dataset, graphics: Graphics | None) -> tuple[
         turns=config.turns,
         computing=Computing(
             config.precision, config.channels_last, "cuda" if graphics and not graphics.pretended else "cpu",
-            config.compile, not config.nondeterministic, config.tf32,
+            config.compile, not config.nondeterministic, config.tf32, _fits_on_device(dataset, graphics, workers),
         ),
         graphics=graphics,
         buffers=config.buffers,

@@ -254,6 +254,9 @@ class Run:
                 self._event("worker", rank=rank, **shown)
                 if self._overhead and (advice := self._overhead.hear(rank, self._clock.seconds, values)):
                     self._warn(advice)
+            case ("warning", text), _:
+                if text not in self._warnings:
+                    self._warn(text)
             case ("event", "nonfinite", values), int(rank):
                 self._reloads[rank] += 1
                 self._event("nonfinite", rank=rank, times=self._reloads[rank], **values)

@@ -40,7 +40,7 @@ class Staged:
     def __init__(self, buffers: list[DeviceVector], mapped: DeviceVector) -> None:
         self._buffers = buffers
         self._block, self._buffer = slice(0, 0), buffers[0]
-        self.address, self.whole, self.n = mapped.address, mapped.whole, mapped.n
+        self.address, self.whole, self.n, self.mapped = mapped.address, mapped.whole, mapped.n, True
 
     def __len__(self) -> int:
         return self.n
@@ -68,8 +68,8 @@ class Link:
         layout = center.layout
         host = gpu.register(center.memory, layout.size_bytes)
         self._host, self.mapped = host.handle, host.device_address()
-        self.out = gpu.own(Stream.create(gpu.driver))
-        self.into = self.out if self.in_place else gpu.own(Stream.create(gpu.driver))
+        self.out = gpu.own(Stream.create(gpu.driver, priority=-1))  # its short kernels go first
+        self.into = self.out if self.in_place else gpu.own(Stream.create(gpu.driver, priority=-1))
         self.shared: dict[str, Any] = {}
         if self.in_place:
             for name in layout.shared:
@@ -128,7 +128,7 @@ class Link:
 
     def _mapped_vector(self, name: str) -> DeviceVector:
         address = self.mapped + self.center.layout.vector_offset_bytes(name)
-        return DeviceVector(address, self.center.layout.n, address)
+        return DeviceVector(address, self.center.layout.n, address, mapped=True)
 
     def _offset(self, name: str) -> int:
         """Bytes from the start of the center to the block in hand of a vector."""
@@ -217,8 +217,8 @@ class StreamTurns(Waiting):
         self._steps += 1
 
     def drain(self) -> None:
-        """Returns when everything enqueued is done."""
-        self._settle_all()
+        """Returns when everything enqueued is done. What it says of non-finite values is not looked at before its time,
+        so that a checkpoint changes nothing."""
         self._ops.wait_for_exchange()
         self._drained.record(self._gpu.training)
         self.until(self._drained.is_done)

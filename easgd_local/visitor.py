@@ -14,6 +14,7 @@ from easgd_local.center import Center, Layout
 from easgd_local.devices import OnCpu, Place
 from easgd_local.graphics import Graphics
 from easgd_local.partition import overlap
+from easgd_local.respondent import Respondent
 from easgd_local.rules.base import Rule
 from easgd_local.schedules import Calendar
 from easgd_local.turns import Aborted
@@ -73,6 +74,9 @@ class Visitor:
         self._turns = self._place.turns(
             plan.turns, self._hold_in_wait, first_round, lambda b: self._rule.close(self, b)
         )
+        self._respondent = Respondent(center, rank) if plan.graphics and plan.in_rounds else None
+        if self._respondent:
+            self._respondent.start()
         self._reloaded_at, self._saved_label = -1, center.save[0]
         self._made = self._reported = self._exchanges = 0  # steps made, steps reported, exchanges made
         self._turns_s, self._losses_known = 0.0, 0
@@ -84,6 +88,16 @@ class Visitor:
             return self.__dict__["_vectors"][name]
         except KeyError:
             raise AttributeError(f"{name}: the rule {self._rule.name} declares no such vector") from None
+
+    def drain(self) -> None:
+        """Returns when everything enqueued on the device is done."""
+        self._place.drain()
+
+    def close(self, *, drained: bool) -> None:
+        """Gives the device back; what is not drained is left to the end of the process."""
+        if self._respondent:
+            self._respondent.end()
+        self._place.close(drained=drained)
 
     # The exchange
 
@@ -136,8 +150,16 @@ class Visitor:
         """Between two steps: publishes the clock, holds, saves, stops."""
         self._halt(self.t)
         self._save_or_stop()
+        self._enter_step()
+
+    def _enter_step(self) -> None:
+        """From here to the next boundary the processor may wait for the device."""
+        if self._respondent:
+            self._respondent.enter(self.t)
 
     def _halt(self, earliest_stop: int) -> None:
+        if self._respondent:
+            self._respondent.leave()
         center, t, plan = self._center, self.t, self._plan
         center.clock[self.rank] = t
         if center.abort[0]:
@@ -181,6 +203,8 @@ class Visitor:
         """While the launcher's pause word is odd: says so and waits."""
         center = self._center
         while (pause := center.pause[0]) & 1:
+            if not self._in_rounds:  # then the center is looked at as it is
+                self._place.drain()
             # 1. earliest_stop, 2. held, in this order: who reads held = pause also reads our earliest_stop.
             center.earliest_stop[self.rank] = earliest_stop
             center.held[self.rank] = pause

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,7 @@ class GradientOf(Protocol):
     def layers(self) -> list[slice]: ...
     def __call__(self, ops: CpuOps, t: int, at: Vector, only: slice | None = None) -> Vector: ...
     def zero(self, ops: CpuOps) -> Vector: ...
+    def warm_up(self, ops: CpuOps, t: int, at: Vector) -> None: ...
     def close(self) -> None: ...
 
 
@@ -125,6 +127,12 @@ class Worker(Visitor):
     def _begin(self) -> None:
         self._rule.begin(self)
 
+    def warm_up(self) -> None:
+        """A gradient that moves nothing, before `take_up`: compiles and loads what the device needs before there is
+        anything on it that waits for other workers."""
+        self._gradient.warm_up(self.ops, self.t, self.x)
+        self.drain()
+
     # The loop
 
     @property
@@ -145,7 +153,7 @@ class Worker(Visitor):
             self._report_now_and_then()
             faults.keep_pace(plan.faults, self.rank, self.t, time.perf_counter() - self._turns.wait_s - began)
         self._boundary()
-        self._place.drain()
+        self.drain()
         self._report()
         self._post("finished")
         self._linger()
@@ -161,18 +169,22 @@ def main(
     dataset = data.from_memfd(fds[1] if len(fds) > 1 else None, description)
     model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
     sampler = plan.sampler(rank, len(dataset.train))
-    place, drained = place_of(center, rank, plan.calendar, plan.graphics), False
+    place = place_of(center, rank, plan.calendar, plan.graphics)
     gradient = Gradient(
-        model, dataset, sampler, rank=rank, computing=plan.computing, memory=place, sharers=plan.layout.workers,
+        model, dataset, sampler, rank=rank, computing=plan.computing, memory=place,
         weight_decay=0.0 if plan.rule.decoupled else plan.weight_decay,
     )  # fmt: skip
 
     def post(kind: str, *args: Any, **values: Any) -> None:
         conn.send((kind, *args, values) if values else (kind, *args))
 
+    if plan.computing.device != "cpu":
+        warnings.showwarning = _telling(post, warnings.showwarning)
+    worker, drained = Worker(rank, center, plan, gradient, post, start.t, place), False
     try:
         with np.errstate(all="ignore"):  # overflow and NaN are counted in the exchange, not warned about
-            worker = Worker(rank, center, plan, gradient, post, start.t, place)
+            if plan.graphics is not None or plan.computing.compiled:
+                worker.warm_up()
             if not start.joins:
                 worker.take_up(start.saved)
             post("ready")
@@ -182,11 +194,22 @@ def main(
             worker.run()
             drained = True
     except Stopped:
-        place.drain()
+        worker.drain()
         drained = True
         post("stopped")
     except Aborted:
         pass
     finally:
         gradient.close()
-        place.close(drained=drained)
+        worker.close(drained=drained)
+
+
+def _telling(post: Callable[..., None], usual: Callable[..., None]) -> Callable[..., None]:
+    """What torch says of algorithms that are not deterministic, the launcher shall hear."""
+
+    def show(message: Warning | str, *others: Any, **more: Any) -> None:
+        usual(message, *others, **more)
+        if "determin" in str(message):
+            post("warning", str(message).partition(".")[0])
+
+    return show

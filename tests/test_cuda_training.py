@@ -168,7 +168,8 @@ def test_a_loop_that_leaves_with_an_exchange_under_way_ends_well(launch: Any) ->
     assert center.summary["status"] == "done"
 
 
-def test_when_a_loop_dies_the_others_finish(launch: Any) -> None:
+def test_when_a_loop_dies_the_others_finish(launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
     center = launch(loops.killed, 1, workers=3, device="cuda")
     assert center.summary["status"] == "done"
     assert [one["state"] for one in center.summary["worker_reports"]].count("died") == 1
@@ -199,6 +200,10 @@ def test_the_best_way_of_waiting_that_really_works_is_found(
 def test_a_run_without_operations_on_words_waits_by_kernels(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(workers=2, steps=20)
     monkeypatch.setenv("FAKE_CUDA_ATTR", "122=0")
+    crowded = run(workers=2, steps=20, device="cuda")
+    assert config_of(crowded)["words"] == "processor"  # where workers share a GPU
+    assert crowded["center_sha256"] == expected["center_sha256"]
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "2")
     summary = run(workers=2, steps=20, device="cuda")
     assert config_of(summary)["words"] == "kernels"
     assert summary["center_sha256"] == expected["center_sha256"]

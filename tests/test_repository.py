@@ -38,7 +38,7 @@ LAYERS = (
     ("evaluate", "loop"),
     ("worker", "attached"),
     ("visitor",),
-    ("devices", "doctor"),
+    ("devices", "doctor", "respondent"),
     ("gradient", "stream_turns", "curvature"),
     ("stream_words", "graphics"),
     ("batches", "calibrate", "centers", "simulate.*"),

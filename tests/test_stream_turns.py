@@ -17,6 +17,7 @@ from easgd_local.backend.cuda import OPERATIONS, CudaOps, Gpu, Transfer, compile
 from easgd_local.center import Center
 from easgd_local.graphics import Graphics
 from easgd_local.referee import Referee
+from easgd_local.respondent import Respondent
 from easgd_local.schedules import Calendar
 from easgd_local.stream_turns import Link, StreamStrict
 from easgd_local.turns import Aborted
@@ -288,6 +289,36 @@ def test_training_waits_for_the_exchange_only_where_it_touches_what_that_has_in_
     ops.descend(x, v, 0.1, d)  # the exchange is over
     assert waited == ["waited"]
     turns.drain()
+
+
+def test_what_is_empty_is_not_in_hand(gpu, alone, monkeypatch):
+    """A model without buffers exchanges none, and its forward pass must not wait for that."""
+    turns, _ = alone(1, "overlap")
+    ops, x, d, y = turns._ops, gpu.allocate(N), gpu.allocate(N), gpu.allocate(N)
+    waited: list[str] = []
+    monkeypatch.setattr(gpu.training, "wait_event", lambda event: waited.append("waited"))
+    for b in turns.visit():
+        ops.pull(x[b], turns._link.shared["c"][b], d[b], 0.5)
+        ops.copy(x[N:N], turns._link.shared["c"][slice(b.start, b.start)])
+    ops.copy(y, x)
+    assert waited == []
+    turns.drain()
+
+
+def test_a_worker_inside_a_step_is_answered_for_while_its_processor_may_wait_for_the_device():
+    with Center.create(plan_for({"name": "easgd"}, 2, 9, N).layout) as center:
+        one = Respondent(center, 1)
+        one.start()
+        center.pause[0] = 1
+        time.sleep(0.05)
+        assert center.held[1] == 0  # at a boundary it answers itself
+        one.enter(6)
+        assert eventually(lambda: center.held[1] == 1, 5) and center.earliest_stop[1] == 7
+        one.leave()
+        center.pause[0] = 3
+        time.sleep(0.05)
+        assert center.held[1] == 1
+        one.end()
 
 
 def test_inline_training_waits_for_every_exchange(gpu, alone, monkeypatch):

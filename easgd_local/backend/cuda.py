@@ -37,6 +37,7 @@ from easgd_local.backend.driver import (
 )
 
 THREADS, MOST_BLOCKS = 256, 1024  # of a launch; the loops are grid-stride
+LINK_BLOCKS = 64  # of a launch that the link bounds: it must not fill a device that has gradients to compute
 PAGE = 4096
 FERRY_BYTES = 4 << 20  # of the pinned memory through which numpy's vectors reach the device
 COUNTS = 8  # how many fetched values of the counter are kept apart
@@ -45,11 +46,13 @@ NOT_FOUND = 500  # CUDA_ERROR_NOT_FOUND
 
 @dataclass(frozen=True)
 class DeviceVector:
-    """n float32 at an address of the device; slices look into the same memory. `whole` is the address of all of it."""
+    """n float32 at an address of the device; slices look into the same memory. `whole` is the address of all of it, and
+    `mapped` says that it is the host's, which the device reaches through the link."""
 
     address: int
     n: int
     whole: int
+    mapped: bool = False
 
     def __len__(self) -> int:
         return self.n
@@ -57,7 +60,7 @@ class DeviceVector:
     def __getitem__(self, b: slice) -> DeviceVector:
         start, stop, step = b.indices(self.n)
         assert step == 1, b
-        return DeviceVector(self.address + 4 * start, max(0, stop - start), self.whole)
+        return DeviceVector(self.address + 4 * start, max(0, stop - start), self.whole, self.mapped)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -98,7 +101,22 @@ class Gpu:
             self._host = self.register(self._counts, PAGE)
             self.counter = self.allocate(2)  # as 64 bits: how many non-finite elements guarded kernels have refused
             self.training.fill(self.counter.address, 0, 2)
+            self._load_kernels()
             self._stack = undo.pop_all()
+
+    def _load_kernels(self) -> None:
+        """Launches every kernel once, on nothing: a first launch may wait for all that is enqueued, so it is made
+        before there is anything that waits for others."""
+        nothing, word = c_uint64(0), c_uint64(self.counter.address)
+        for name, kind in OPERATIONS.items():
+            pointers = [nothing] * (len(kind.roles) + kind.optional)
+            counter = [word] if kind.guarded else []
+            self.launch(self.training, name, *pointers, *[c_float(0)] * kind.scalars, nothing, *counter)
+        self.launch(self.training, "await_word", word, nothing)
+        self.launch(self.training, "store_word", word, nothing)
+        self.launch(self.training, "count_visit", word, nothing, nothing)
+        self.launch(self.training, "fill_unless", nothing, c_float(0), word, nothing, nothing)
+        self.training.synchronize()
 
     def own(self, resource: Any) -> Any:
         """Closed with this object, the latest first."""
@@ -122,10 +140,10 @@ class Gpu:
         """The counter as it was fetched to that place."""
         return int(struct.unpack_from("=Q", self._counts, 8 * place)[0])
 
-    def launch(self, stream: Stream, name: str, *arguments: Any, n: int = 1) -> None:
-        """Enqueues a kernel: n elements, four to a thread; one thread where there is one."""
+    def launch(self, stream: Stream, name: str, *arguments: Any, n: int = 1, most: int = MOST_BLOCKS) -> None:
+        """Enqueues a kernel: n elements, four to a thread, in at most so many blocks; one thread where there is one."""
         threads = THREADS if n > 1 else 1
-        blocks = min(MOST_BLOCKS, -(-n // (4 * threads)))
+        blocks = min(most, -(-n // (4 * threads)))
         self.functions[name].launch(stream, blocks, threads, *arguments)
 
     def abandon(self) -> None:
@@ -244,20 +262,21 @@ class CudaOps:
 
     def _launch(self, name: str, kind: Operation, arguments: tuple[Any, ...]) -> None:
         vectors: list[DeviceVector] = list(arguments[: len(kind.roles)])
+        n = len(vectors[0])
+        if n == 0:
+            return
         scalars = arguments[len(kind.roles) : len(kind.roles) + kind.scalars]
         extra = [one for one in arguments[len(kind.roles) + kind.scalars :] if one is not None]
         roles = list(zip(kind.roles, vectors, strict=True))
         self.order([v for role, v in roles if role != "w"] + extra, [v for role, v in roles if role == "w"])
-        n = len(vectors[0])
-        if n == 0:
-            return
         pointers = [c_uint64(vector.address) for vector in vectors]
         if kind.optional:
             pointers.append(c_uint64(extra[0].address if extra else 0))
         values = [*pointers, *(c_float(value) for value in scalars), c_uint64(n)]
         if kind.guarded:
             values.append(c_uint64(self._gpu.counter.address))
-        self._gpu.launch(self.stream, name, *values, n=n)
+        most = LINK_BLOCKS if any(vector.mapped for vector in vectors + extra) else MOST_BLOCKS
+        self._gpu.launch(self.stream, name, *values, n=n, most=most)
 
 
 class Transfer:
