@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line. A flag that is not given is absent from the result."""
-    top = Parser(prog="easgd-local", description="Elastic averaging on all the cores of one machine (GPUs: not yet).")
+    top = Parser(prog="easgd-local", description="Elastic averaging on the GPUs or the cores of one machine.")
     top.add_argument("--version", action="version", version=f"easgd_local {__version__}", help="show the version")
     commands = top.add_subparsers(
         dest="command", metavar="COMMAND", required=True, parser_class=Parser, title="commands",
@@ -134,7 +134,6 @@ def _doctor(arguments: dict[str, Any]) -> int:
     except (ValueError, MemoryError) as error:
         _complain(str(error) or "there is not enough memory for this; choose a smaller model.")
         return USAGE
-    print("So `train` runs on the CPU here: this version does not train on GPUs yet.")
     return DONE
 
 

@@ -22,8 +22,8 @@ from easgd_local.stream_turns import ORDERS, Link, StreamTurns
 from easgd_local.turns import FreeTurns, NoTurns, StrictTurns, TogetherTurns, Turns
 
 Array = NDArray[np.float32]
-# What CUDA is told before it starts, unless the user said otherwise: as many queues as there can be, since of two streams
-# in one queue one waits behind the other; and room for steps that are enqueued behind an exchange.
+# What CUDA is told before it starts, unless the user said otherwise: as many queues as there can be, since of two
+# streams in one queue one waits behind the other; and room for steps that are enqueued behind an exchange.
 ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_SCALE_LAUNCH_QUEUES": "4x"}
 
 

@@ -8,10 +8,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from easgd_local import hardware
 from easgd_local.backend.driver import Attribute, Device, Driver, DriverError
+from easgd_local.center import Center, Layout
+from easgd_local.devices import OnGpu
+from easgd_local.flat import Flat
+from easgd_local.gpus import UNTRIED, find
+from easgd_local.graphics import Graphics, device_name
+from easgd_local.launcher import ask
+from easgd_local.schedules import Calendar
 
 REPETITIONS = 5
 WORDS = {True: "yes", False: "no"}
@@ -27,10 +37,21 @@ class Finding:
 
 
 def examine(*, model: str, data: str, workers: int, tau: int, batch_size: int) -> Iterator[Finding]:
-    """The machine first, then GPUs and what they need, then the exchange of this model, measured here."""
+    """The machine first, then GPUs and what they need, then the exchange of this model, measured on the CPU and, where
+    there is a GPU that can be used, there too."""
     yield from machine(workers)
     yield from graphics()
-    yield from exchange(model=model, data=data, workers=workers, tau=tau, batch_size=batch_size)
+    values = {"model": model, "data": data, "workers": workers, "tau": tau, "batch_size": batch_size}
+    yield from exchange(**values)
+    try:
+        Driver.open()
+        found = find("cuda")
+    except (DriverError, ValueError) as error:
+        yield Finding("So", "`train` and `launch` run on the CPU here", str(error))
+        return
+    assert found is not None
+    yield from ask(partial(exchange_on_gpu, found, **values))
+    yield Finding("So", f"`--device cuda` uses {device_name(found)}", UNTRIED)
 
 
 def machine(workers: int) -> Iterator[Finding]:
@@ -72,14 +93,19 @@ def gpu(device: Device) -> Iterator[Finding]:
     major, minor = device.compute_capability
     subject = f"GPU {device.number}"
     yield Finding(subject, f"{device.name}, sm_{major}{minor}, at {device.pci_bus_id}, {link(device.pci_bus_id)}")
-    memops = device.memops_64
-    copies = device.attribute(Attribute.ASYNC_ENGINES)
+    memops, copies = device.memops_64, device.attribute(Attribute.ASYNC_ENGINES)
+    peers = [
+        str(other) for other in range(device.driver.devices)
+        if other != device.number and device.reaches(Device(device.driver, other))
+    ]  # fmt: skip
     yield Finding(
         subject,
         f"waits for and writes of 64-bit words in streams: {WORDS[memops]}; host memory can be pinned in place: "
         f"{WORDS[bool(device.attribute(Attribute.HOST_REGISTER))]}; copies beside a kernel: {copies}",
-        "" if memops else "the exchange in stream order needs them; update the driver",
+        "" if memops else "kernels or the processor wait instead, which is slower; update the driver",
     )
+    if device.driver.devices > 1:
+        yield Finding(subject, f"peer access to GPU {', '.join(peers)}" if peers else "no peer access (none is needed)")
 
 
 def link(pci_bus_id: str) -> str:
@@ -130,6 +156,49 @@ def exchange(*, model: str, data: str, workers: int, tau: int, batch_size: int) 
     cheap = round(pull_s / (0.01 * step_s))
     advice = f"a larger tau costs less: 1 % at --tau {cheap}" if share > 0.03 else ""
     yield Finding("predicted", f"at tau={tau} the exchange costs {100 * share:.2f} % of a step, waiting aside", advice)
+
+
+def exchange_on_gpu(
+    found: Graphics, *, model: str, data: str, workers: int, tau: int, batch_size: int
+) -> list[Finding]:  # fmt: skip
+    """Times one gradient step and one exchange of the model on the first GPU, by one worker that has it for itself."""
+    from easgd_local import data as datasets
+    from easgd_local import models
+    from easgd_local.gradient import Computing, Gradient
+
+    dataset = datasets.load(data)
+    net = models.build(model, shape=dataset.input_shape, classes=len(dataset.classes))
+    n = Flat(net).n
+    found = found.exchanging("auto", "strict", 4 * n, 1)
+    computing = Computing(device="cpu" if found.pretended else "cuda")
+    computing.set_up()
+    sampler = datasets.shard(0, 0, workers, batch_size, len(dataset.train))
+    with Center.create(Layout(1, n)) as center:
+        place = OnGpu(center, 0, Calendar(1, 1), found)
+        turns = place.turns("strict", lambda: None, 0, lambda block: None)
+        gradient = Gradient(net, dataset, sampler, rank=0, weight_decay=1e-4, computing=computing, memory=place)
+        x, d = place.vector(n), place.vector(n)
+        place.load(x, gradient.flat.values())
+        place.load(d, np.zeros(n, np.float32))
+
+        def step(t: int) -> None:
+            gradient(place.ops, t, x)
+            place.drain()
+
+        def meet(number: int) -> None:
+            for b in turns.visit():
+                place.ops.pull(x[b], place.shared["c"][b], d[b], 0.1)
+            place.drain()
+
+        step_s, meet_s = median_s(step), median_s(meet)
+        place.close(drained=True)
+    share = meet_s / (tau * step_s)
+    hidden = "hidden beside the gradient" if meet_s < step_s else "longer than a step, so it cannot all be hidden"
+    return [
+        Finding("GPU step", f"{1e3 * step_s:.2f} ms for {batch_size} samples (median of 5)"),
+        Finding("GPU exch.", f"{1e3 * meet_s:.3f} ms by {found.exchange}, {8 * n / meet_s / 1e9:.1f} GB/s over the link"),
+        Finding("predicted", f"at tau={tau} it takes {100 * share:.2f} % of the steps' time: {hidden}"),
+    ]
 
 
 def median_s(work: Callable[[int], object]) -> float:

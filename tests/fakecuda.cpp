@@ -22,7 +22,7 @@
 //   FAKE_CUDA_SEED=1          the seed of the delays, in the order in which a process makes its streams.
 //   FAKE_CUDA_FAIL=cuMemAlloc_v2=2,cuInit=100     these calls do nothing and return that error.
 //   FAKE_CUDA_ATTR=122=0,86=1                     these attributes have that value.
-//   FAKE_CUDA_VERSION=12040   FAKE_CUDA_DEVICES=2   FAKE_CUDA_FREE_MIB=100
+//   FAKE_CUDA_VERSION=12040   FAKE_CUDA_DEVICES=2   FAKE_CUDA_FREE_MIB=100   FAKE_CUDA_PEERS=1
 //   FAKE_CUDA_LOSES_WORDS=1                       what kernels store in single words arrives nowhere
 
 #include <atomic>
@@ -479,6 +479,13 @@ int cuDeviceGetAttribute(int* value, const int which, int)
     BEGIN(DRIVER);
     REQUIRE(attribute(which) >= 0, INVALID_VALUE);
     *value = attribute(which);
+    return OK;
+}
+
+int cuDeviceCanAccessPeer(int* can, int, int)
+{
+    BEGIN(DRIVER);
+    *can = static_cast<int>(number("FAKE_CUDA_PEERS", 0));
     return OK;
 }
 

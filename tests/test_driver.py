@@ -159,6 +159,7 @@ CALLS: dict[str, Callable[[Rig], Any]] = {
     "cuDeviceGetName": lambda rig: Device(rig.driver),
     "cuDeviceGetPCIBusId": lambda rig: Device(rig.driver),
     "cuDeviceGetAttribute": lambda rig: rig.device.compute_capability,
+    "cuDeviceCanAccessPeer": lambda rig: rig.device.reaches(rig.device),
     "cuDevicePrimaryCtxRetain": lambda rig: Context.retain(rig.device),
     "cuDevicePrimaryCtxRelease_v2": lambda rig: give_back(rig.context),
     "cuCtxSetCurrent": lambda rig: rig.context.make_current(),

@@ -25,7 +25,7 @@ LAYERS = (
     ("easgd_local", "__main__"),  # the package itself only says, when asked, where its names live
     ("cli",),
     ("compare.*",),
-    ("training", "joining"),
+    ("training", "joining", "doctor"),
     ("launching",),
     ("prepare", "looprun"),
     ("run",),
@@ -38,7 +38,7 @@ LAYERS = (
     ("evaluate", "loop"),
     ("worker", "attached"),
     ("visitor",),
-    ("devices", "doctor", "respondent"),
+    ("devices", "respondent"),
     ("gradient", "stream_turns", "curvature"),
     ("stream_words", "graphics"),
     ("batches", "calibrate", "centers", "simulate.*"),

@@ -34,6 +34,7 @@ SYMBOLS: dict[str, tuple[Any, ...]] = {
     "cuDeviceGetName": (c_char_p, c_int, c_int),
     "cuDeviceGetPCIBusId": (c_char_p, c_int, c_int),
     "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
+    "cuDeviceCanAccessPeer": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuDevicePrimaryCtxRelease_v2": (c_int,),
     "cuCtxSetCurrent": (c_void_p,),
@@ -211,6 +212,10 @@ class Device:
     def compute_capability(self) -> tuple[int, int]:
         major, minor = Attribute.COMPUTE_CAPABILITY_MAJOR, Attribute.COMPUTE_CAPABILITY_MINOR
         return self.attribute(major), self.attribute(minor)
+
+    def reaches(self, other: Device) -> bool:
+        """Whether it can reach the memory of the other one without the host."""
+        return self.driver.get("cuDeviceCanAccessPeer", self.handle, other.handle) == 1
 
     @property
     def memops_64(self) -> bool:

@@ -1,0 +1,166 @@
+"""All tests and benches that need a GPU, within ten minutes on one GPU, offline.
+
+Runs the tests marked `gpu`, then the benches, each in a process of its own with a limit of its own: its share of what
+is left of the budget, so that what ends early leaves its time to the others. One that fails or runs into its limit does
+not keep the others from running. What each printed goes to a log beside the rows, and the benches' tables, and the end
+of the tests' report, to the screen. At the end stands what ran, for how long, and what failed.
+
+    python bench/gpu.py --results /tmp/rows     works in a checkout that is not installed, too, where the modules are
+    python bench/gpu.py --only kernels link     some of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = ROOT / "runs" / "gpu"  # without --results; git ignores it
+BUDGET_S = 570.0
+SHOWN_LINES = 40  # of a long log
+NO_GPU = 2  # exit code
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to run: its command after the interpreter, and its weight when time is shared out."""
+
+    name: str
+    words: tuple[str, ...]
+    weight: float
+
+
+def bench(name: str, weight: float) -> Step:
+    """A script of this folder."""
+    return Step(name, (str(ROOT / "bench" / f"{name}.py"),), weight)
+
+
+TESTS = Step("tests", ("-m", "pytest", "-m", "gpu", "-q"), 6)
+STEPS = (
+    TESTS,
+    bench("kernels", 4),
+    bench("link", 1.5),
+    bench("stream_exchange", 4),
+    bench("ordering", 5),
+    bench("throughput_gpu", 4),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step; `failure` is empty if nothing is wrong."""
+
+    name: str
+    seconds: float
+    failure: str = ""
+    skipped: str = ""
+
+    @property
+    def line(self) -> str:
+        """Of the table at the end."""
+        said = f"failed: {self.failure}" if self.failure else f"skipped: {self.skipped}" if self.skipped else "done"
+        return f"| {self.name} | {self.seconds:.1f} | {said} |"
+
+
+def environment() -> dict[str, str]:
+    """For the children: this checkout is what they import."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def run(step: Step, extra: list[str], limit_s: float, log: Path) -> Outcome:
+    """Runs a step in a session of its own, and ends all of that at the limit; output goes to the log."""
+    began = time.monotonic()
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, *step.words, *extra], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit_s)
+            failure = f"exit {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            failure = f"not done within {limit_s:.0f} s"
+        finally:
+            end(process)
+    if step is TESTS and not failure and " passed" not in log.read_text("utf-8").splitlines()[-1]:
+        failure = "no test passed"
+    return Outcome(step.name, time.monotonic() - began, failure)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kills what is left of its session."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def show(log: Path) -> None:
+    """The end of the log."""
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    if len(lines) > SHOWN_LINES:
+        print(f"... {len(lines) - SHOWN_LINES} lines more in {log}")
+    print("\n".join(lines[-SHOWN_LINES:]), flush=True)
+
+
+def run_all(steps: list[Step], given: argparse.Namespace, logs: Path) -> list[Outcome]:
+    """One after the other; each may take its share of the time that is left."""
+    ends = time.monotonic() + given.budget
+    flags = [*(["--quick"] if given.quick else []), *(["--results", str(given.results)] if given.results else [])]
+    outcomes = []
+    for number, step in enumerate(steps):
+        if step is not TESTS and not Path(step.words[0]).is_file():
+            outcomes.append(Outcome(step.name, 0.0, skipped=f"there is no {Path(step.words[0]).name}"))
+            continue
+        share = step.weight / sum(one.weight for one in steps[number:])
+        limit_s = share * (ends - time.monotonic())
+        print(f"\n## {step.name}, at most {limit_s:.0f} s\n", flush=True)
+        log = logs / f"{step.name}.log"
+        outcomes.append(run(step, [] if step is TESTS else flags, limit_s, log))
+        show(log)
+    return outcomes
+
+
+def check_machine() -> None:
+    """Ends the process with one sentence if there is no GPU, or this checkout cannot be imported as it is."""
+    if importlib.util.find_spec("easgd_local") is None:
+        sys.path.insert(0, str(ROOT))
+    try:
+        from link import driver_for
+    except ImportError as error:
+        print(
+            f"gpu: this checkout cannot be imported ({error}); install it: "
+            f"{sys.executable} -m pip install --no-deps --no-build-isolation --editable {ROOT}",
+            file=sys.stderr,
+        )
+        raise SystemExit(NO_GPU) from error
+    driver_for("gpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all of it; default 570")
+    parser.add_argument("--results", type=Path, help="folder for rows and logs; default bench/results for the rows")
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="these alone")
+    parser.add_argument("--quick", action="store_true", help="the benches quickly, to see that they work")
+    given = parser.parse_args()
+    check_machine()
+    given.results = given.results and given.results.resolve()
+    logs = given.results or LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    outcomes = run_all([step for step in STEPS if not given.only or step.name in given.only], given, logs)
+    print("\n".join(["", "| step | seconds | |", "| --- | --- | --- |", *(one.line for one in outcomes)]))
+    raise SystemExit(1 if any(one.failure for one in outcomes) else 0)
+
+
+if __name__ == "__main__":
+    main()
