@@ -2,9 +2,8 @@
 
 p workers share GPU 0 and train by EASGD as `easgd-local train` does, on random pictures that lie on the device, at
 τ = 1, 10 and 64, with the exchange beside the gradient (`overlap`) and before it (`inline`). The bound is the same
-workers with τ so large that they never meet. All settings take turns, repetition by repetition; `step_s` is from one
-moment at which nothing is enqueued to another, over the steps between, and `lost` the part of a step that the bound
-does without.
+workers with τ so large that they never meet. `step_s` is from one moment at which nothing is enqueued to another, over the
+steps between, and `lost` the part of a step that the bound does without.
 
 The model is torchvision's ResNet-50 with GroupNorm instead of BatchNorm, 25.6 million parameters: running statistics
 change in the forward pass, which then has to wait for the exchange, so with BatchNorm nothing overlaps. bfloat16,
@@ -42,7 +41,7 @@ from easgd_local.worker import TrainingPlan, Worker
 QUESTION = "What does training lose to the exchange on a GPU?"
 NEVER = 2**30  # a period that no run reaches
 SETTINGS = ((NEVER, "overlap"), (1, "overlap"), (10, "overlap"), (64, "overlap"), (1, "inline"), (10, "inline"))
-WORKERS = (1, 4)
+WORKERS, QUICK_WORKERS = (1, 4), (2,)
 STEPS, QUICK_STEPS = 64, 4  # of one repetition, a multiple of every period
 REPETITIONS, QUICK_REPETITIONS = 5, 2
 BATCH, SIDE, STORED, PICTURES = 64, 224, 232, 512
@@ -88,12 +87,12 @@ def measure(graphics: Graphics, workers: int, given: Any) -> list[harness.Row]:
     repetitions = given.repetitions or (QUICK_REPETITIONS if given.quick else REPETITIONS)
     steps = QUICK_STEPS if given.quick else STEPS
     context = mp.get_context("spawn")
-    times: dict[tuple[int, str], list[float]] = {setting: [] for setting in SETTINGS}
-    for setting in SETTINGS:  # each has a center and processes of its own, all at once would not fit every GPU
+    settings = SETTINGS[:2] if given.quick else SETTINGS
+    times = []
+    for setting in settings:  # each has a center and processes of its own: all at once would not fit every GPU
         with Center.create(Layout(workers, n)) as center:
-            times[setting] = together(context, center, graphics, setting, steps, repetitions, given.quick)
-    bound = times[SETTINGS[0]]
-    return [row(workers, n, setting, times[setting], bound) for setting in SETTINGS]
+            times.append(together(context, center, graphics, setting, steps, repetitions, given.quick))
+    return [row(workers, n, setting, one, times[0]) for setting, one in zip(settings, times, strict=True)]
 
 
 def together(
@@ -178,7 +177,8 @@ def main() -> None:
     given = harness.arguments(QUESTION).parse_args()
     graphics = graphics_for("throughput_gpu", given)
     common = about("throughput_gpu", graphics)
-    record([row for workers in WORKERS for row in measure(graphics, workers, given)], common, given)
+    counts = QUICK_WORKERS if given.quick else WORKERS
+    record([row for workers in counts for row in measure(graphics, workers, given)], common, given)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,16 @@ Names are imported on first use, so that `import easgd_local` costs nothing.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+# In a checkout that is not installed the folder of kernels lies beside this one, and is still easgd_local.kernels.
+_above = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_above, "kernels", "vectors.cuh")):
+    __path__.append(_above)
 
 _HOMES = {
     "Config": "config",

@@ -12,8 +12,14 @@ import torch
 
 from tests.conftest import unpainted
 
+pytest_plugins = ["tests.fake_cuda"]
 BENCH = Path(__file__).parents[1] / "bench"
 NAMES = ("attach", "delay", "exchange", "partial", "simulate", "startup", "throughput", "tune")
+ON_A_GPU = {  # here on a pretended one; what makes each small
+    "kernels": ("--repetitions", 1), "link": ("--mebibytes", 4, "--repetitions", 1),
+    "stream_exchange": ("--floats", 5003, "--repetitions", 1, "--workers", 2), "ordering": ("--blocks", 1024),
+    "throughput_gpu": ("--repetitions", 1),
+}  # fmt: skip
 FRESH = {"attach", "startup", "throughput"}  # which start interpreters themselves, or functions of their own
 
 
@@ -42,8 +48,25 @@ def run_here(monkeypatch, capsys):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bench_runs_quickly_and_writes_complete_rows(name, tmp_path, run_here):
     start = run if name in FRESH else run_here
-    printed = start(BENCH / f"{name}.py", "--quick", "--results", tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    check_rows(name, start(BENCH / f"{name}.py", "--quick", "--results", tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_a_bench_of_a_gpu_checks_what_it_would_time_on_a_pretended_one(name, tmp_path, fake_cuda):
+    check_rows(name, run(BENCH / f"{name}.py", "--quick", "--results", tmp_path, *ON_A_GPU[name]), tmp_path)
+    assert '"pretended": true' in (tmp_path / f"{name}.jsonl").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["link", "gpu"])
+def test_without_a_gpu_a_bench_of_one_says_so_in_a_sentence(name, monkeypatch):
+    monkeypatch.setenv("EASGD_LIBCUDA", "libno.so")
+    done = subprocess.run([sys.executable, BENCH / f"{name}.py", "--quick"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "no GPU: libno.so cannot be loaded" in done.stderr
+
+
+def check_rows(name, printed, folder):
+    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
     for row in rows:
         assert row["bench"] == name and row["entry"] in printed
         assert {"date", "commit", "load", "hardware", "versions"} <= set(row)
@@ -54,14 +77,15 @@ def test_a_bench_runs_quickly_and_writes_complete_rows(name, tmp_path, run_here)
 
 
 def test_every_bench_is_known_here_and_has_a_place_in_the_readme():
-    helpers = {"harness", "stopwatch"}
-    assert {path.stem for path in BENCH.glob("*.py")} - helpers == set(NAMES)
+    helpers = {"harness", "stopwatch", "tables", "gpu"}
+    assert {path.stem for path in BENCH.glob("*.py")} - helpers == {*NAMES, *ON_A_GPU}
     readme = (BENCH / "README.md").read_text("utf-8")
-    assert all(f"{name}.py" in readme for name in (*NAMES, *helpers))
+    assert all(f"{name}.py" in readme for name in (*NAMES, *ON_A_GPU, *helpers))
 
 
 def test_the_committed_rows_can_be_shown():
     run(BENCH / "harness.py")
+    assert "| pull, p = 2, warm |" in run(BENCH / "tables.py")
 
 
 def test_quick_runs_leave_no_rows_among_the_committed_ones(tmp_path):

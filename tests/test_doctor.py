@@ -22,11 +22,22 @@ def test_without_a_driver_it_says_what_is_missing_and_what_to_do(monkeypatch: py
 def test_each_gpu_is_told_with_what_the_exchange_needs(fake_cuda: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_CUDA_DEVICES", "2")
     found = [one for one in doctor.graphics() if one.subject.startswith("GPU ")]
-    assert [one.subject for one in found] == ["GPU driver", "GPU 0", "GPU 0", "GPU 1", "GPU 1"]
+    assert [one.subject for one in found] == ["GPU driver", *["GPU 0"] * 3, *["GPU 1"] * 3]
     assert re.fullmatch(r"for CUDA \d+\.\d+", found[0].found)
     assert found[1].found == "Fake GPU 0, sm_90, at 0000:10:00.0, link not told"
     assert found[2].found.startswith("waits for and writes of 64-bit words in streams: yes; ")
+    assert found[3].found == "no peer access (none is needed)"
     assert not any(one.remedy for one in found)
+    monkeypatch.setenv("FAKE_CUDA_PEERS", "1")
+    assert [one.found for one in doctor.graphics() if one.subject == "GPU 1"][2] == "peer access to GPU 0"
+
+
+def test_an_exchange_is_measured_on_the_gpu_too(fake_cuda: Path, nothing_left: None) -> None:
+    told = list(doctor.examine(model="mlp", data="digits", workers=2, tau=5, batch_size=8))
+    on_gpu = [one.found for one in told if one.subject == "on a GPU"]
+    assert re.match(r"\d+\.\d\d ms a step of 8 samples", on_gpu[0])
+    assert re.match(r"\d+\.\d{3} ms an exchange \(zerocopy\), \d", on_gpu[1])
+    assert told[-1].found.startswith("`--device cuda` uses cuda (1 x Fake GPU 0")
 
 
 def test_a_gpu_without_64_bit_words_in_streams_is_told_so(fake_cuda: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,12 +76,15 @@ def test_the_prediction_follows_from_what_was_measured(monkeypatch: pytest.Monke
     assert predicted.remedy == "a larger tau costs less: 1 % at --tau 20"
 
 
-def test_the_command_prints_it_all_and_ends_with_what_will_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_it_all_and_ends_with_what_will_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EASGD_LIBCUDA", "libno.so")
     assert cli.main(["doctor", "--workers", "1", "--batch-size", "8"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("processor ") and re.search(r"\d cores for 1 workers", lines[0])
     assert any(re.match(r"exchange +\d+\.\d+ ms on the CPU, \d", line) for line in lines)
-    assert lines[-1] == "So `train` runs on the CPU here: this version does not train on GPUs yet."
+    assert re.match("So +`train` and `launch` run on the CPU here  -> device=cuda: libno.so cannot be", lines[-1])
 
 
 @pytest.mark.parametrize(("flags", "sentence"), [
