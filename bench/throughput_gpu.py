@@ -2,8 +2,8 @@
 
 p workers share GPU 0 and train by EASGD as `easgd-local train` does, on random pictures that lie on the device, at
 τ = 1, 10 and 64, with the exchange beside the gradient (`overlap`) and before it (`inline`). The bound is the same
-workers with τ so large that they never meet. `step_s` is from one moment at which nothing is enqueued to another, over the
-steps between, and `lost` the part of a step that the bound does without.
+workers with τ so large that they never meet. `step_s` is from one moment at which nothing is enqueued to another, over
+the steps between, and `lost` the part of a step that the bound does without.
 
 The model is torchvision's ResNet-50 with GroupNorm instead of BatchNorm, 25.6 million parameters: running statistics
 change in the forward pass, which then has to wait for the exchange, so with BatchNorm nothing overlaps. bfloat16,

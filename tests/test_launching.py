@@ -195,13 +195,15 @@ def test_a_function_of_a_notebook_is_refused(launch, monkeypatch):
 
 @pytest.mark.parametrize("options, message", [
     ({"workers": 0}, r"^workers=0: must be at least 1"),
-    ({"device": "cuda"}, r"^device=cuda: this version of easgd_local computes on CPUs only"),
+    ({"device": "tpu"}, r"^device=tpu: must be one of auto, cpu, cuda; choose one of them"),
+    ({"device": "cuda"}, r"^device=cuda: libno.so cannot be loaded .*; install it, or train on the CPU"),
     ({"on_failure": "panic"}, r"^on_failure=panic: must be one of continue, respawn, stop"),
     ({"checkpoint_every": -1}, r"^checkpoint_every=-1: must be at least 0"),
     ({"resume": "nowhere"}, r"^resume=nowhere: no such run"),
     ({"resume": "nowhere", "out": "here"}, r"^out=here and resume=nowhere: a resumed run stays in its folder"),
 ])  # fmt: skip
-def test_options_that_cannot_work_are_refused_before_a_process_starts(launch, options, message):
+def test_options_that_cannot_work_are_refused_before_a_process_starts(launch, options, message, monkeypatch):
+    monkeypatch.setenv("EASGD_LIBCUDA", "libno.so")
     with pytest.raises(ValueError, match=message):
         launch(loops.train, **options)
 
