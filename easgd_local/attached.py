@@ -179,6 +179,7 @@ class Attached(Visitor):
             d = self._rule.meet(self)
         if d is not None:
             self.ops.subtract(self.x, d)  # x <- x - d
+        self._draw_buffers()
         self._place.touch([self.x], [self.x])  # the loop's next operations are torch's own
         if self._exchanges > before and self._attachment.optimizer_state == "reset":
             self._reset_optimizers()
@@ -194,7 +195,7 @@ class Attached(Visitor):
     def _reload(self) -> None:
         super()._reload()
         if self._plan.buffers != "average":
-            self.ops.copy(self.x[self._buffers], self.c[self._buffers])
+            self._place.load(self.x[self._buffers], self._center.vectors["c"][self._buffers])
         self._reset_optimizers()
 
     def _reset_optimizers(self) -> None:
@@ -249,9 +250,10 @@ class Attached(Visitor):
 
     def _meet_beside_gradient(self) -> None:
         """On a GPU begins the exchange of step t, which goes on beside forward and backward: they change nothing of x
-        but its buffers."""
+        but its buffers, of which it has a copy where they are averaged."""
         beside = self._plan.graphics is not None and not self._rule.replaces and self._ahead is None
-        if beside and self._buffers.stop == self._buffers.start and self.t % self._rule.period == 0:
+        unchanged = self._plan.buffers == "average" or not self._has_buffers
+        if beside and unchanged and self.t % self._rule.period == 0:
             self._ahead = (self.t, self._rule.meet(self))
 
     def _boundary_in_step(self) -> None:

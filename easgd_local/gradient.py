@@ -123,7 +123,7 @@ class Gradient:
         inputs, targets, seed = self._minibatch(t)
         torch.manual_seed(seed)
         ops.fill(self._g, 0.0)
-        self._memory.touch([at], [self._g, at[self.buffers]] if self.buffers.stop > self.buffers.start else [self._g])
+        self._memory.touch([at], [self._g])  # and the buffers in `at`, of which an exchange has a copy
         with self.flat.training(only), self._computing.context():
             loss = F.cross_entropy(self._called(inputs), targets)
         if self.loss_scale is None:

@@ -52,8 +52,11 @@ class Visitor:
     """What every worker has, whoever makes its steps: x, c and other named vectors, the clock t, turns and operations.
 
     Vectors have n floats; `x` and the local ones (`kept`, and `scratch`, which is never saved) belong to this process,
-    `c` and the shared ones to all. Buffers, the coordinates `buffers`, are the worker's own affair: at each exchange it
-    adds its share to the center's and takes them over, c <- c + (x - c)/p, x <- c, and rules see nothing of it.
+    `c` and the shared ones to all. Buffers, the coordinates `buffers`, are the worker's own affair, of which rules see
+    nothing: at each exchange it adds its share to the center's and is drawn to the result,
+
+        d <- x - c',  c' = c + (x - c)/p,  c <- c'     with x as it was when the exchange began
+        x <- x - d                                     when the step is made: forward passes change x meanwhile
     """
 
     def __init__(
@@ -65,7 +68,8 @@ class Visitor:
         self._first_t = t  # where it takes up: a checkpoint of this step exists
         self.ops, self._buffers, self._post = self._place.ops, buffers, post
         self._center, self._plan, self._rule = center, plan, plan.rule
-        self._exchanged_buffers = self._place.vector(buffers.stop - buffers.start)
+        self._own_buffers, self._off_buffers = (self._place.vector(buffers.stop - buffers.start) for _ in range(2))
+        self._has_buffers, self._buffers_pending = buffers.stop > buffers.start, False
         vector, shared = self._place.vector, self._place.shared
         self._kept = {name: vector(buffers.stop) for name in ("x", *kept)}
         self._vectors = self._kept | {name: vector(buffers.stop) for name in scratch} | dict(shared)
@@ -110,6 +114,8 @@ class Visitor:
         """One exchange with the center, block by block, each held during its pass of the loop."""
         began, waited = time.perf_counter(), self._turns.wait_s
         dies = faults.due(self._plan.faults, "kill-in-exchange", self.rank, self.t)
+        if self._has_buffers:
+            self.ops.copy(self._own_buffers, self.x[self._buffers])
         for number, block in enumerate(self._turns.visit()):
             yield overlap(block, slice(0, self._buffers.start))
             self._exchange_buffers(overlap(block, self._buffers))
@@ -130,10 +136,21 @@ class Visitor:
             yield overlap(block, slice(0, self._buffers.start))
 
     def _exchange_buffers(self, b: slice) -> None:
-        d = self._exchanged_buffers[: b.stop - b.start]
-        self.ops.difference(d, self.x[b], self.c[b], 1 / self.workers)
+        if b.stop <= b.start:
+            return
+        own = slice(b.start - self._buffers.start, b.stop - self._buffers.start)
+        x, d = self._own_buffers[own], self._off_buffers[own]
+        self.ops.difference(d, x, self.c[b], 1 / self.workers)
         self.ops.add(self.c[b], d)  # c <- c + (x - c)/p
-        self.ops.copy(self.x[b], self.c[b])
+        self.ops.copy(d, x)
+        self.ops.subtract(d, self.c[b])  # d <- x - c
+        self._buffers_pending = True
+
+    def _draw_buffers(self) -> None:
+        """x <- x - d for the buffers of the latest exchange."""
+        if self._buffers_pending:
+            self._buffers_pending = False
+            self.ops.subtract(self.x[self._buffers], self._off_buffers)
 
     # Between two steps
 
@@ -251,6 +268,9 @@ class Visitor:
 
     def _reload(self) -> None:
         """After an exchange that met non-finite values: the worker goes on from the center, its past forgotten."""
+        if self._buffers_pending:  # not finite as they may be, they are the center's now
+            self.ops.copy(self.x[self._buffers], self._own_buffers)
+            self._draw_buffers()
         for name in self._kept.keys() - {"x"}:
             self.ops.fill(self._kept[name], 0.0)
         self._begin()

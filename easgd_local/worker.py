@@ -148,6 +148,7 @@ class Worker(Visitor):
             if faults.due(plan.faults, "nan", self.rank, self.t):
                 self.ops.fill(self.x[: self._gradient.n // 2], float("nan"))
             self._rule.step(self)
+            self._draw_buffers()
             self._place.step_made()
             self._count_step(self._gradient.loss)
             self._report_now_and_then()
