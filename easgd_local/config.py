@@ -39,7 +39,9 @@ class Config:
 
     rule: Rule = field(metadata={"help": "the algorithm"})
     workers: int | None = flag(None, f"number of worker processes p; default {WORKERS}, 1 for sequential rules")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where the workers compute")
+    device: Literal["auto", "cpu", "cuda"] = flag(
+        "auto", "where the workers compute: cuda is the machine's GPUs in turn, auto the CPU in this version"
+    )
     data: str = flag("digits", "data set: digits, cifar10, imagefolder, synthetic")
     data_dir: str | None = flag(
         None, "folder of the data set (imagefolder: train/ and test/; cifar10: default ~/.cache/easgd_local/cifar10)"

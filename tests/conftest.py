@@ -21,8 +21,8 @@ from easgd_local.training import train
 # Files whose tests start processes: none runs beside another one of its group, and only those of "alone" look at the
 # clock.
 GROUPS = {
-    "alone": {"bench", "cli", "cuda_training", "doctor", "driver", "failures", "run", "stream_turns"},
-    "loops": {"compare", "compare_runs", "examples", "joining", "launching", "paper", "simulate_rules",
+    "alone": {"bench", "cli", "doctor", "driver", "failures", "run", "stream_turns"},
+    "loops": {"compare", "compare_runs", "cuda_training", "examples", "joining", "launching", "paper", "simulate_rules",
               "theory_trainer"},
 }
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")

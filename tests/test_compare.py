@@ -162,7 +162,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (["msgd", "ddp", "--budget", "0s"], "budget=0s: must be a time above nothing"),
     (["msgd", "ddp", "--budget", "9s", "--steps", "9"], "budget=9s and steps=9: both fix the length"),
     (["msgd", "ddp", "--steps", "9", "--epochs", "1"], "steps=9 and epochs=1.0: both fix the length"),
-    (["msgd", "ddp", "--device", "cuda"], "device=cuda: this version compares on CPUs only"),
+    (["msgd", "ddp", "--device", "cuda"], "device=cuda: ddp runs over gloo on CPUs only in this version"),
     (["msgd", "ddp", "--workers", "0"], "workers=0: must be at least 1"),
     (["msgd", "ddp", "--seed", str(2**63 - 2)], "seed=.*: must be below"),
     (["msgd", "ddp", "--tau", "3"], "--tau: belongs to an entry, in one word with its rule, such as 'eamsgd tau=16"),
@@ -185,7 +185,7 @@ def test_two_processes_of_nccl_on_one_gpu_are_refused(
     monkeypatch.setattr(hardware, "gpus", lambda: ["a GPU"])
     said = refused("msgd", "ddp", "--workers", "2", "--device", "cuda")
     assert said.startswith("workers=2: ddp on 1 GPU: NCCL takes one process per GPU; use at most 1,")
-    assert refused("msgd", "ddp workers=1", "--device", "cuda").startswith("device=cuda: this version compares on CPUs")
+    assert refused("msgd", "ddp workers=1", "--device", "cuda").startswith("device=cuda: ddp workers=1 runs over gloo")
 
 
 # The order of runs, with runs that are made up

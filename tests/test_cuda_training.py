@@ -68,8 +68,10 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(run: Runner) -> None
     assert run(**values, steps=30, resume=part["folder"])["center_sha256"] == whole["center_sha256"]
 
 
-@pytest.mark.parametrize("turns", ["strict", "free"])
-@pytest.mark.parametrize("fault", [Fault("kill", 1, 7), Fault("kill-in-exchange", 1, 9), Fault("raise", 1, 7)])
+@pytest.mark.parametrize("turns, fault", [
+    ("strict", Fault("kill", 1, 7)), ("strict", Fault("kill-in-exchange", 1, 9)), ("strict", Fault("raise", 1, 7)),
+    ("free", Fault("kill-in-exchange", 1, 9)),
+])  # fmt: skip
 def test_when_a_worker_dies_the_others_finish(turns: str, fault: Fault, run: Runner, slow: None) -> None:
     summary = run(workers=3, steps=30, eval_every=10, device="cuda", turns=turns, faults=(fault,), block_bytes=4000)
     assert summary["status"] == "done"
@@ -145,7 +147,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., eas
     return start
 
 
-@pytest.mark.parametrize("rule", [EASGD(tau=4), EASGD(tau=1), LocalSGD(tau=4), Downpour(tau=3)], ids=str)
+@pytest.mark.parametrize("rule", [EASGD(tau=1), LocalSGD(tau=4), Downpour(tau=3)], ids=str)
 def test_a_loop_of_ones_own_computes_on_the_gpu_what_it_does_on_the_cpu(rule: Any, launch: Any, slow: None) -> None:
     loop = functools.partial(loops.bare, rule=rule)
     on_cpu, on_gpu = launch(loop, 2), launch(loop, 2, device="cuda")
@@ -210,7 +212,7 @@ def test_a_run_without_operations_on_words_waits_by_kernels(run: Runner, monkeyp
 
 
 REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
-    "no driver": ({"EASGD_LIBCUDA": "/nowhere/libcuda.so.1"}, {}, "cannot be loaded .* train on the CPU"),
+    "no driver": ({"EASGD_LIBCUDA": "/nowhere/libcuda.so.1"}, {}, "NVIDIA's driver was not found .* or use the CPU"),
     "an old driver": ({"FAKE_CUDA_VERSION": "11040"}, {}, "supports CUDA 11.4: the exchange needs at least 11.7"),
     "no device": ({"FAKE_CUDA_DEVICES": "0"}, {}, "finds 0 devices: at least 1 is needed"),
     "memory that cannot be pinned": (

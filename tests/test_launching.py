@@ -196,7 +196,7 @@ def test_a_function_of_a_notebook_is_refused(launch, monkeypatch):
 @pytest.mark.parametrize("options, message", [
     ({"workers": 0}, r"^workers=0: must be at least 1"),
     ({"device": "tpu"}, r"^device=tpu: must be one of auto, cpu, cuda; choose one of them"),
-    ({"device": "cuda"}, r"^device=cuda: libno.so cannot be loaded .*; install it, or train on the CPU"),
+    ({"device": "cuda"}, r"^device=cuda: NVIDIA's driver was not found .libno.so: .*; install it"),
     ({"on_failure": "panic"}, r"^on_failure=panic: must be one of continue, respawn, stop"),
     ({"checkpoint_every": -1}, r"^checkpoint_every=-1: must be at least 0"),
     ({"resume": "nowhere"}, r"^resume=nowhere: no such run"),

@@ -93,6 +93,7 @@ class Run:
 
 @pytest.fixture
 def run(found: Graphics) -> Iterator[Callable[..., Run]]:
+    launcher.warm_up("easgd_local.preload_loop")
     with ExitStack() as stack:
         yield lambda *args, **kwargs: Run(stack, found, *args, **kwargs)
 

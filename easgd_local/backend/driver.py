@@ -103,7 +103,7 @@ class Driver:
             self._library = ctypes.CDLL(path)
         except OSError as error:
             raise DriverError(
-                f"{path} cannot be loaded ({error}): a GPU needs NVIDIA's driver; install it, or train on the CPU."
+                f"NVIDIA's driver was not found ({error}); install it, give a container its GPUs, or use the CPU."
             ) from error
         self._calls = {name: self._symbol(name) for name in _NEEDED_FIRST}
         self.version = self.get("cuDriverGetVersion")

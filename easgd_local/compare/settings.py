@@ -60,7 +60,7 @@ class Comparison:
                         f"give one."
                     )
         if self.common.get("device") == "cuda":
-            self._refuse_cuda()
+            self._refuse_rivals_on_gpus()
         template = Config(rule=EASGD(), **self.common)
         if template.seed + self.seeds >= 2**63:
             raise ValueError(f"seed={template.seed}: must be below 2^63 - seeds; choose a smaller one.")
@@ -80,7 +80,7 @@ class Comparison:
         if self.tune_cost is not None and not 0 < self.tune_cost < math.inf:
             raise ValueError(f"tune_cost={self.tune_cost}: in compared runs, must be positive; try 1.")
 
-    def _refuse_cuda(self) -> None:
+    def _refuse_rivals_on_gpus(self) -> None:
         gpus = len(hardware.gpus())
         for one in self.entries:
             p = one.workers or self.common.get("workers") or WORKERS
@@ -89,7 +89,11 @@ class Comparison:
                     f"workers={p}: {one.label} on {gpus} {'GPU' if gpus == 1 else 'GPUs'}: NCCL takes one process per "
                     f"GPU; use at most {gpus}, or --device cpu."
                 )
-        raise ValueError("device=cuda: this version compares on CPUs only, and so over gloo; use --device cpu.")
+            if one.is_rival:
+                raise ValueError(
+                    f"device=cuda: {one.label} runs over gloo on CPUs only in this version, while rules run on GPUs "
+                    f"too; leave it out, or use --device cpu."
+                )
 
     def workers(self, entry: Entry) -> int:
         """p of an entry."""
