@@ -255,6 +255,7 @@ class Attached(Visitor):
         unchanged = self._plan.buffers == "average" or not self._has_buffers
         if beside and unchanged and self.t % self._rule.period == 0:
             self._ahead = (self.t, self._rule.meet(self))
+            self._place.touch([], [])  # the copy of the buffers, before the forward pass changes them
 
     def _boundary_in_step(self) -> None:
         """The loop did not say when step t began, so the state at its beginning counts if it was noted."""
@@ -274,9 +275,9 @@ class Attached(Visitor):
             )
         if self._ahead is not None:  # a batch was drawn for a step that is not made
             self._meet()
-        self._between_t = -1
+        self._between_t, self._made_last = -1, True
         self.between_steps(ends=True)
-        self.drain()
+        self._settle()
         self._depart()
         self._post("finished")
         self._linger()

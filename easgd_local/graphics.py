@@ -167,8 +167,12 @@ def _trial(device: Device, images: Mapping[str, bytes]) -> tuple[str, int]:
                 return way, free
         except DriverError:
             continue
-    gpu.abandon()  # a stream may wait for ever; it ends with this process
+    gpu.abandon()  # a stream may wait for ever; it ends with this process, and until then its memory stays
+    _ABANDONED.append((gpu, memory, words))
     return ORDER[-1], free
+
+
+_ABANDONED: list[object] = []
 
 
 def _works(gpu: Gpu, way: str, words: memoryview[int], address: int, place: int) -> bool:

@@ -107,6 +107,9 @@ def main(
         conn.send(("stopped",))
     except Aborted:
         pass
+    except Exception:
+        worker.finish_exchange()
+        raise
     finally:
         worker.close(drained=drained)
 

@@ -242,6 +242,11 @@ class LoopWorker:
         if self._attached is not None:
             self._attached.drain()
 
+    def finish_exchange(self) -> None:
+        """Before the process ends by an exception: the center has all of an exchange that has begun."""
+        if self._attached is not None:
+            self._attached.finish_exchange()
+
     def close(self, *, drained: bool) -> None:
         """Gives the device back; what is not drained is left to the end of the process."""
         if self._attached is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ class Visitor:
         self._respondent = Respondent(center, rank) if plan.graphics and plan.in_rounds else None
         if self._respondent:
             self._respondent.start()
-        self._reloaded_at, self._saved_label = -1, center.save[0]
+        self._reloaded_at, self._saved_label, self._saved_t = -1, center.save[0], -1
+        self._made_last = False  # whether no step follows
         self._made = self._reported = self._exchanges = 0  # steps made, steps reported, exchanges made
         self._turns_s, self._losses_known = 0.0, 0
         self._losses: Any = 0.0
@@ -96,6 +98,18 @@ class Visitor:
     def drain(self) -> None:
         """Returns when everything enqueued on the device is done."""
         self._place.drain()
+
+    def finish_exchange(self) -> None:
+        """Before the process ends by an exception: what it has enqueued is done, so that the center has all of it."""
+        with contextlib.suppress(Exception, Aborted):
+            self.drain()
+
+    def _settle(self) -> None:
+        """After the last step: everything enqueued is done, and what was not finite in it is reported."""
+        self.drain()
+        self.ops.settle()
+        if self.ops.nonfinite:
+            self._post("event", "nonfinite", t=self.t, count=self.ops.nonfinite)
 
     def close(self, *, drained: bool) -> None:
         """Gives the device back; what is not drained is left to the end of the process."""
@@ -171,7 +185,7 @@ class Visitor:
 
     def _enter_step(self) -> None:
         """From here to the next boundary the processor may wait for the device."""
-        if self._respondent:
+        if self._respondent and not self._made_last:
             self._respondent.enter(self.t)
 
     def _halt(self, earliest_stop: int) -> None:
@@ -192,7 +206,8 @@ class Visitor:
         if label != self._saved_label:
             self._saved_label = label
             self._save(label - 1)
-        elif self._in_rounds and (stops or self._checkpoint_due):
+        elif self._in_rounds and (stops or self._checkpoint_due) and self._saved_t != self.t:
+            self._saved_t = self.t  # once: a loop that ends may come here twice, and the file may be committed
             self._save(self.t)
         if stops:
             self._depart()
@@ -214,7 +229,8 @@ class Visitor:
         """What a worker does while it holds, or has finished and waits for the others."""
 
     def _hold_in_wait(self) -> None:
-        self._hold(self.t + 1)  # in the middle of step t the worker can stop at t + 1 at the earliest
+        # In the middle of step t the worker can stop at t + 1 at the earliest, unless it makes no step any more.
+        self._hold(self.t if self._made_last else self.t + 1)
 
     def _hold(self, earliest_stop: int) -> None:
         """While the launcher's pause word is odd: says so and waits."""

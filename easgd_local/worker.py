@@ -154,7 +154,8 @@ class Worker(Visitor):
             self._report_now_and_then()
             faults.keep_pace(plan.faults, self.rank, self.t, time.perf_counter() - self._turns.wait_s - began)
         self._boundary()
-        self.drain()
+        self._made_last = True
+        self._settle()
         self._report()
         self._post("finished")
         self._linger()
@@ -200,6 +201,9 @@ def main(
         post("stopped")
     except Aborted:
         pass
+    except Exception:
+        worker.finish_exchange()
+        raise
     finally:
         gradient.close()
         worker.close(drained=drained)

@@ -99,6 +99,19 @@ def bare(worker: LoopWorker, epochs: int = 1, rule: Any = None, leaves_early: bo
         next(iter(loader))  # a batch for which no step is made
 
 
+def leaves_at(worker: LoopWorker, steps: int) -> None:
+    """Draws one batch more than it makes steps."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    worker.attach(model, optimizer, easgd.EASGD(tau=2))
+    for inputs, targets in worker.loader(digits()[0], 32):
+        if worker.t >= steps:
+            break
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
 def resumable(worker: LoopWorker, epochs: int, stop_at: int = 0, rule: Any = None, loader_workers: int = 0) -> None:
     """A model of every sort, an optimizer with state, a schedule; `stop_at` presses Ctrl-C in the launcher."""
     model = Odd()

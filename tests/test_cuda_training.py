@@ -128,6 +128,11 @@ def test_float16_scales_its_loss(run: Runner) -> None:
     assert again["center_sha256"] == summary["center_sha256"]
 
 
+def test_what_is_not_finite_in_the_last_exchanges_is_reported_too(run: Runner) -> None:
+    summary = run(rule=EASGD(tau=2), workers=2, steps=10, device="cuda", faults=(Fault("nan", 1, 7),))
+    assert any(one.startswith("worker 1 was reloaded") for one in summary["warnings"])
+
+
 # Loops of one's own
 
 
@@ -186,6 +191,7 @@ def test_when_a_loop_dies_the_others_finish(launch: Any, tmp_path: Path, monkeyp
         ({}, "memops"), ({"FAKE_CUDA_ATTR": "122=0"}, "kernels"),
         ({"FAKE_CUDA_ATTR": "122=0", "FAKE_CUDA_LOSES_WORDS": "1"}, "processor"),
         ({"FAKE_CUDA_FAIL": "cuStreamWriteValue64_v2=801"}, "kernels"),
+        ({"FAKE_CUDA_ATTR": "122=0", "FAKE_CUDA_LOSES_WORDS": "1", "FAKE_CUDA_DEVICES": "2"}, "processor"),
     ],
 )  # fmt: skip
 def test_the_best_way_of_waiting_that_really_works_is_found(

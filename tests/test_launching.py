@@ -208,6 +208,11 @@ def test_options_that_cannot_work_are_refused_before_a_process_starts(launch, op
         launch(loops.train, **options)
 
 
+def test_a_loop_that_leaves_after_drawing_a_batch_at_a_checkpoint_can_be_resumed(launch):
+    half = launch(loops.leaves_at, 10, checkpoint_every=5)
+    assert launch(loops.leaves_at, 20, resume=half.folder).summary["status"] == "done"
+
+
 def test_a_resumed_run_stays_what_it_was(launch):
     half = launch(loops.resumable, 1, checkpoint_every=10)
     with pytest.raises(ValueError, match=r"^seed=1: the run in .* was started with seed=0, and a resumed run stays"):
