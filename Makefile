@@ -25,7 +25,7 @@ train: .venv/installed-$(RUN_EXTRA)  ## train a small network on handwritten dig
 	$(BIN)/easgd-local train eamsgd --workers 4 $(ARGS)
 
 test: .venv/installed-$(TEST_EXTRA)  ## run the tests; those marked gpu need one
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 $(ARGS)
 
 bench: .venv/installed-$(RUN_EXTRA)  ## time the exchange, and training as a whole
 	$(BIN)/python bench/exchange.py

@@ -250,12 +250,10 @@ class Attached(Visitor):
 
     def _meet_beside_gradient(self) -> None:
         """On a GPU begins the exchange of step t, which goes on beside forward and backward: they change nothing of x
-        but its buffers, of which it has a copy where they are averaged."""
+        but its buffers, which on the CPU are exchanged as the forward pass leaves them."""
         beside = self._plan.graphics is not None and not self._rule.replaces and self._ahead is None
-        unchanged = self._plan.buffers == "average" or not self._has_buffers
-        if beside and unchanged and self.t % self._rule.period == 0:
+        if beside and not self._has_buffers and self.t % self._rule.period == 0:
             self._ahead = (self.t, self._rule.meet(self))
-            self._place.touch([], [])  # the copy of the buffers, before the forward pass changes them
 
     def _boundary_in_step(self) -> None:
         """The loop did not say when step t began, so the state at its beginning counts if it was noted."""

@@ -66,6 +66,9 @@ class Place(Memory, Protocol):
     def drain(self) -> None:
         """Returns when everything enqueued is done."""
 
+    def settle(self) -> None:
+        """Returns when `ops.nonfinite` counts all that was done."""
+
     def close(self, *, drained: bool) -> None:
         """Gives everything back; what is not drained is left to the end of the process."""
 
@@ -97,6 +100,8 @@ class OnCpu(MainMemory):
     def step_made(self) -> None: ...
 
     def drain(self) -> None: ...
+
+    def settle(self) -> None: ...
 
     def close(self, *, drained: bool) -> None: ...
 
@@ -161,6 +166,9 @@ class OnGpu:
 
     def drain(self) -> None:
         self._turns.drain()
+
+    def settle(self) -> None:
+        self.ops.settle()
 
     def close(self, *, drained: bool) -> None:
         if not drained:  # a stream may wait for somebody who never comes, and the driver would wait for the stream

@@ -107,7 +107,7 @@ class Visitor:
     def _settle(self) -> None:
         """After the last step: everything enqueued is done, and what was not finite in it is reported."""
         self.drain()
-        self.ops.settle()
+        self._place.settle()
         if self.ops.nonfinite:
             self._post("event", "nonfinite", t=self.t, count=self.ops.nonfinite)
 

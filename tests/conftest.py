@@ -21,9 +21,9 @@ from easgd_local.training import train
 # Files whose tests start processes: none runs beside another one of its group, and only those of "alone" look at the
 # clock.
 GROUPS = {
-    "alone": {"bench", "cli", "doctor", "driver", "failures", "run", "stream_turns"},
-    "loops": {"compare", "compare_runs", "cuda_training", "examples", "joining", "launching", "paper", "simulate_rules",
-              "theory_trainer"},
+    "alone": {"cli", "doctor", "driver", "failures", "run", "stream_turns"},
+    "loops": {"compare", "compare_runs", "cuda_training", "joining", "launching", "simulate_rules", "theory_trainer"},
+    "scripts": {"bench", "examples", "paper"},
 }
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 

@@ -77,7 +77,7 @@ GUARDED = [name for name, kernel in KERNELS.items() if kernel.is_guarded()]
 
 def test_every_operation_has_a_kernel():
     operations = {name for name, _ in inspect.getmembers(CpuOps, inspect.isfunction) if not name.startswith("_")}
-    assert set(KERNELS) == operations - {"settle"}
+    assert set(KERNELS) == operations
 
 
 @pytest.mark.parametrize("name", KERNELS)

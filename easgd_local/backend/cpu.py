@@ -42,9 +42,6 @@ class CpuOps:
         self._scratch = vector(PIECE)
         self._scratch2 = vector(PIECE)
 
-    def settle(self) -> None:
-        """Waits until `nonfinite` counts all that was done: it does."""
-
     # What moves the center
 
     @quiet
