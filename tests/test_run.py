@@ -448,7 +448,7 @@ def test_a_run_in_bf16_and_one_with_independent_sampling_learn(run: Runner) -> N
 
 
 def test_channels_last_and_the_precision_reach_the_workers_plan_and_a_run_ends(tmp_path: Path, run: Runner) -> None:
-    small = {"model": "resnet18", "data": "synthetic", "steps": 2, "batch_size": 4, "eval_every": 0}
+    small = {"model": "cifar7", "data": "synthetic", "steps": 2, "batch_size": 4, "eval_every": 0}
     how = {"channels_last": True, "precision": "bf16"}
     with prepare(Config(rule=EASGD(), out=str(tmp_path / "plan"), **{**small, **how})) as prepared:
         assert prepared.plan.computing == Computing("bf16", True)

@@ -31,18 +31,15 @@ pytestmark = pytest.mark.usefixtures("fake_cuda")
 
 RULES = [
     {"name": "easgd", "lr": 0.1, "tau": 1, "alpha": 0.25}, {"name": "eamsgd", "lr": 0.03, "tau": 3, "alpha": 0.3},
-    {"name": "easgd-gs", "lr": 0.1, "tau": 2, "alpha": 0.3}, {"name": "downpour", "lr": 0.05, "tau": 2},
     {"name": "easgd-gs", "lr": 0.1, "tau": 2, "alpha": 0.3, "first": "worker"}, {"name": "adownpour", "lr": 0.05},
-    {"name": "mdownpour", "lr": 0.02}, {"name": "apam", "lr": 0.01}, {"name": "passm+", "lr": 0.02, "full_steps": 3},
-    {"name": "admm", "lr": 0.02},
+    {"name": "apam", "lr": 0.01}, {"name": "passm+", "lr": 0.02, "full_steps": 3}, {"name": "admm", "lr": 0.02},
 ]  # fmt: skip
 SYNCHRONOUS = [
-    {"name": "easgd-sync", "lr": 0.1, "tau": 2, "alpha": 0.25}, {"name": "localsgd", "lr": 0.05, "tau": 3},
-    {"name": "sma", "lr": 0.05, "tau": 2}, {"name": "diloco", "inner": "sgd", "lr": 0.1, "tau": 2},
+    {"name": "easgd-sync", "lr": 0.1, "tau": 2, "alpha": 0.25}, {"name": "diloco", "inner": "sgd", "lr": 0.1, "tau": 2},
 ]  # fmt: skip
 WAYS = [
-    ("overlap", "kernels"), ("overlap", "processor"), ("inline", "memops"), ("zerocopy", "memops"),
-    ("zerocopy", "processor"),
+    ("sma", "overlap", "kernels"), ("mdownpour", "overlap", "processor"), ("mdownpour", "inline", "memops"),
+    ("sma", "zerocopy", "memops"), ("sma", "zerocopy", "processor"),
 ]  # fmt: skip
 
 
@@ -122,8 +119,7 @@ def test_a_rendezvous_in_stream_order_computes_the_listing_to_the_bit(rule, run,
     assert np.array_equal(three.center.vectors["c"].view(np.uint32), three.listing()["c"].view(np.uint32))
 
 
-@pytest.mark.parametrize(("exchange", "words"), WAYS)
-@pytest.mark.parametrize("name", ["sma", "mdownpour"])
+@pytest.mark.parametrize(("name", "exchange", "words"), WAYS)
 def test_every_way_of_exchanging_and_of_waiting_computes_the_same(name, exchange, words, run, slow):
     turns = "together" if name == "sma" else "strict"
     two = run({"name": name, "lr": 0.03}, workers=2, steps=9, turns=turns, exchange=exchange, words=words)
@@ -161,8 +157,8 @@ def test_without_turns_what_a_worker_alone_writes_is_never_lost(run, slow):
         assert np.array_equal(c[own], wanted)
 
 
-@pytest.mark.parametrize("workers", [3, 4])
-def test_with_more_processes_and_a_snapshot_of_every_round_too(workers, run, slow):
+def test_with_more_processes_and_a_snapshot_of_every_round_too(run, slow):
+    workers = 4
     many = run({"name": "eamsgd", "lr": 0.03, "tau": 1, "alpha": 0.2}, workers, steps=6, evaluate_every=1)
     many.start()
     reader, seen = many.center, []
@@ -269,6 +265,7 @@ def alone(gpu) -> Iterator[Alone]:
             center = stack.enter_context(Center.create(plan_for({"name": "easgd"}, workers, 9, N).layout))
             stack.callback(lambda: gpu.__exit__(None, None, None))
             link = Link(center, gpu, CudaOps(gpu), exchange)
+            stack.callback(link.out.synchronize)  # also where a test has kept training from waiting for it
             return StreamStrict(link, 0, Calendar(1, 9), "memops", hold, 0, lambda block: None), center
 
         yield make
