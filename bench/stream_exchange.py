@@ -27,7 +27,6 @@ from multiprocessing.synchronize import Barrier
 import exchange as on_cpu
 import harness
 import numpy as np
-import torch
 from link import Ends, about, graphics_for, record
 
 from easgd_local.backend.cpu import Vector
@@ -113,8 +112,6 @@ def work(task: Task, barrier: Barrier, conn: Connection) -> None:
             told.append(check_and_time(task, center, place, turns, barrier))
             first_round = turns.round
             place.close(drained=True)
-            if not graphics.pretended:
-                torch.cuda.set_stream(torch.cuda.default_stream())  # the place's own is gone, the next has its own
         conn.send(told)
     except BaseException:
         center.abort[0] = 1  # who waits for our turn or at the barrier gives up too

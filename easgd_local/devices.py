@@ -119,12 +119,13 @@ class OnGpu:
         if not graphics.pretended and torch.cuda.is_initialized():  # by a loop that has taken its seat
             handle = torch.cuda.current_stream(self.device).cuda_stream
         set_environment()
+        self._torch_stream: torch.cuda.Stream | None = None
         self.gpu = Gpu(graphics.images_for(rank), number, handle)
         if not graphics.pretended and not handle:
             # torch's own streams come many at a time, more than the device has queues: so it gets one of ours.
             torch.cuda.set_device(self.device)
-            self._stream = torch.cuda.ExternalStream(self.gpu.training.handle, device=self.device)
-            torch.cuda.set_stream(self._stream)
+            self._torch_stream = torch.cuda.ExternalStream(self.gpu.training.handle, device=self.device)
+            torch.cuda.set_stream(self._torch_stream)
         self.ops, self._transfer = CudaOps(self.gpu), Transfer(self.gpu)
         self._link = Link(center, self.gpu, self.ops, graphics.exchange)
         self._rank, self._calendar, self._words = rank, calendar, graphics.words
@@ -171,6 +172,8 @@ class OnGpu:
         self.ops.settle()
 
     def close(self, *, drained: bool) -> None:
+        if self._torch_stream is not None:  # it goes with the rest
+            torch.cuda.set_stream(torch.cuda.default_stream(self.device))
         if not drained:  # a stream may wait for somebody who never comes, and the driver would wait for the stream
             self.gpu.abandon()
         self.gpu.__exit__(None, None, None)
