@@ -17,6 +17,7 @@ from pathlib import Path
 from easgd_local import kernels
 from easgd_local.backend.cuda import Gpu, compiled
 from easgd_local.backend.driver import Attribute, Device, Driver, DriverError, Stream
+from easgd_local.stream_words import WAYS
 
 Capability = tuple[int, int]
 
@@ -25,6 +26,7 @@ CONTEXT_BYTES = 600 << 20  # what a process takes of a GPU beside its vectors an
 TRIAL_S, EARLY_S = 1.0, 5e-3
 TRIAL_VALUE = 2**40 + 1
 PAGE = 4096
+ORDER = tuple(WAYS)  # from the best to the last resort
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,6 @@ def look() -> Graphics:
         mps=Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists(),
         pretended=driver.pretended,
     )
-
-
-ORDER = ("memops", "kernels", "processor")  # from the best to the last resort
 
 
 def _check_torch(driver: Driver) -> None:

@@ -26,7 +26,7 @@ from easgd_local.backend.driver import Event, Stream
 from easgd_local.center import Center
 from easgd_local.schedules import Calendar
 from easgd_local.stream_words import WAYS
-from easgd_local.turns import FreeTurns, Waiting, by_rank, owner, position, walk
+from easgd_local.turns import Aborted, FreeTurns, Waiting, by_rank, owner, position, walk
 
 DEPTH = 3  # staging buffers: one coming, one in hand, one going
 LEAD = 2  # exchanges, and steps, that may be enqueued beyond those that are done
@@ -171,7 +171,7 @@ class StreamTurns(Waiting):
 
     def _begin(self) -> None:
         if self.center.abort[0]:
-            self._hold()
+            raise Aborted
         self._link.begin()
 
     def _take_block(self, b: int, row: str, index: int, value: int) -> slice:
@@ -368,7 +368,6 @@ class StreamNone(StreamTurns):
         """One exchange: yields the blocks without waiting for anybody."""
         self._begin()
         for b in walk(self.rank, self.workers, self.blocks):
-            self._link.next_buffer()
             block = self.center.layout.block(b)
             self._link.fetch(block)
             with self._ops.on(self._link.out):

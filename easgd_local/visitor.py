@@ -109,7 +109,7 @@ class Visitor:
         self.drain()
         self._place.settle()
         if self.ops.nonfinite:
-            self._post("event", "nonfinite", t=self.t, count=self.ops.nonfinite)
+            self._post("warning", f"worker {self.rank} held values that were not finite in its last exchanges.")
 
     def close(self, *, drained: bool) -> None:
         """Gives the device back; what is not drained is left to the end of the process."""

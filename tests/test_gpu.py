@@ -22,13 +22,14 @@ from easgd_local.backend.cuda import OPERATIONS, CudaOps, Gpu, Transfer
 from easgd_local.config import Config
 from easgd_local.data import OnDevice
 from easgd_local.faults import Fault
-from easgd_local.graphics import Graphics, look
+from easgd_local.graphics import ORDER, Graphics, look
 from easgd_local.launcher import ask, warm_up
 from easgd_local.rules.diloco import DiLoCo
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.easgd import EASGD
 from easgd_local.rules.localsgd import LocalSGD
 from easgd_local.rules.passm import PASSM
+from easgd_local.stream_turns import EXCHANGES
 from easgd_local.training import train
 from tests import test_stream_turns as shown
 from tests.conftest import unpainted
@@ -44,8 +45,6 @@ def missing() -> str:
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(missing()), reason=f"no GPU: {missing()}")]
-WAYS = ("memops", "kernels", "processor")
-EXCHANGES = ("overlap", "inline", "zerocopy")
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +175,7 @@ def test_every_exchange_and_every_way_of_waiting_gives_the_same_center(
     training: Runner, found: Graphics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = {exchange: training(exchange=exchange)["center_sha256"] for exchange in EXCHANGES}
-    for words in WAYS[1:]:
+    for words in ORDER[1:]:
         monkeypatch.setattr("easgd_local.gpus.ask", lambda function, w=words: replace(found, words=w))
         hashes[words] = training(exchange="overlap")["center_sha256"]
     assert len(set(hashes.values())) == 1, hashes

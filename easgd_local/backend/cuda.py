@@ -37,7 +37,7 @@ from easgd_local.backend.driver import (
 )
 
 THREADS, MOST_BLOCKS = 256, 1024  # of a launch; the loops are grid-stride
-LINK_BLOCKS = 64  # of a launch that the link bounds: it must not fill a device that has gradients to compute
+LINK_BLOCKS = 64  # of a launch that the link bounds, and that must not fill the device: a guess, not measured
 PAGE = 4096
 FERRY_BYTES = 4 << 20  # of the pinned memory through which numpy's vectors reach the device
 COUNTS = 8  # how many fetched values of the counter are kept apart
