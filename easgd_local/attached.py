@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from easgd_local import checkpoint, faults
+from easgd_local import checkpoint, faults, halves
 from easgd_local.backend.cpu import Vector, vector
 from easgd_local.batches import Positions
 from easgd_local.calibrate import recalibrate
@@ -51,6 +51,7 @@ class Proposal:
     entries: tuple[Entry, ...]
     n: int
     parameters: int
+    dtype: torch.dtype
     t: int
     naming: Naming
 
@@ -73,6 +74,8 @@ class Attached(Visitor):
 
         d <- α(x - c),  c <- c + d,  x <- x - d     before the step, g having been taken at the x before, or
         c, x <- what the rule says                  after it, for rules that replace x
+
+    Parameters in half precision are x rounded, but while an optimizer steps, which moves x itself.
 
     The clock t counts steps: one is made when each of the optimizers has stepped. A step that a GradScaler skips is
     none. Checkpoints are of the moment between two steps: best seen where the loop asks for its next batch, else they
@@ -110,11 +113,16 @@ class Attached(Visitor):
 
     def bind(self) -> None:
         """The model computes in x from now on, and the optimizers tell of their steps."""
-        self._place.touch([self.x], [self.x])
-        self._flat.bind(self._tensor)
+        self._bind()
         for optimizer in self._attachment.optimizers:
+            if self._flat.halves:
+                _keep_in_float32(optimizer)
             optimizer.register_step_pre_hook(self._optimizer_steps)
             optimizer.register_step_post_hook(self._optimizer_has_stepped)
+
+    def _bind(self) -> None:
+        self._place.touch([self.x], [self.x])
+        self._flat.bind(self._tensor)
 
     def take_up(self, saved: Path | None) -> None:
         """The state to start from: a checkpoint's, or the center while nobody moves it yet."""
@@ -124,6 +132,12 @@ class Attached(Visitor):
             name = checkpoint.worker_file(self.rank, "pt")
             self.restore(torch.load(saved / name, weights_only=False))
 
+    def join(self, t: int) -> None:
+        """Takes the place of a worker that died; the model computes with the center's values."""
+        super().join(t)
+        self._place.touch([self.x], [self.x])
+        self._flat.halves.round()
+
     def _begin(self) -> None:
         for name in self._rule.over_local:
             self.ops.copy(self._kept[name], self.x)
@@ -131,12 +145,21 @@ class Attached(Visitor):
     # The step
 
     def _optimizer_steps(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not _is_skipped(optimizer) and not self._stepped:
+        if _is_skipped(optimizer):
+            return
+        if not self._stepped:
             self.before_step()
+        if self._flat.halves and (len(args) > 1 or kwargs.get("closure") is not None):  # args begin with the optimizer
+            raise Refusal(
+                "step(closure): parameters in half precision are float32 while the optimizer steps, so that no forward "
+                "pass can be made meanwhile; call model.float(), or compute the loss before step()."
+            )
+        self._flat.halves.lift(owned([optimizer]))
 
     def _optimizer_has_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _is_skipped(optimizer):
             return
+        self._flat.halves.lower()
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._attachment.optimizers):
             self._stepped.clear()
@@ -181,6 +204,7 @@ class Attached(Visitor):
             self.ops.subtract(self.x, d)  # x <- x - d
         self._draw_buffers()
         self._place.touch([self.x], [self.x])  # the loop's next operations are torch's own
+        self._flat.halves.round()
         if self._exchanges > before and self._attachment.optimizer_state == "reset":
             self._reset_optimizers()
         if self._reloaded_at == self.t:
@@ -353,8 +377,11 @@ class Attached(Visitor):
         for name, value in self._kept.items():
             self._place.load(value, state["kept"][name].numpy())
         self._attachment.model.load_state_dict(state["own"], strict=False)
+        self._bind()
+        self._flat.halves.lift(owned(self._attachment.optimizers))  # or what is saved would be rounded
         for one, saved in zip(self._attachment.optimizers, state["optimizers"], strict=True):
             one.load_state_dict(saved)
+        self._flat.halves.lower()
         for one, saved in zip(self._attachment.stateful, state["stateful"], strict=True):
             one.load_state_dict(saved)
         self._attachment.positions.restore(state["positions"])
@@ -447,6 +474,14 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     """Whether a GradScaler has found infinities and an optimizer that unscales by itself is about to do nothing."""
     found: Tensor | None = getattr(optimizer, "found_inf", None)
     return found is not None and float(found) > 0
+
+
+def _keep_in_float32(optimizer: Optimizer) -> None:
+    """The state of steps before the attach, as that of the steps to come."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dtype in halves.TYPES:
+                state[name] = value.float()
 
 
 def plain_model(model: nn.Module) -> nn.Module:

@@ -71,8 +71,9 @@ class Config:
     warmup: int = flag(0, "steps in which the step size grows from nothing to what the schedule says")
     lr_step: int | None = flag(None, "schedule step: steps from one decay to the next")
     lr_decay: float | None = flag(None, "schedule step: factor of each decay; default 0.1")
-    precision: Literal["fp32", "bf16", "fp16"] = flag(
-        "fp32", "precision of forward and backward, fp16 with a scaled loss; x, c and g stay float32"
+    precision: Literal["fp32", "bf16", "fp16", "bf16-true", "fp16-true"] = flag(
+        "fp32", "precision of forward and backward by autocast, or with -true of all layers and their parameters, then "
+        "x rounded; fp16 with a scaled loss; x, c and g stay float32"
     )
     compile: bool = flag(False, "compile the model by torch.compile: slow to start, rounded otherwise")
     tf32: bool = flag(False, "cuda: let matrix products and convolutions of float32 round their inputs to 10 bits")

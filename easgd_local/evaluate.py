@@ -42,7 +42,7 @@ def evaluate(model: nn.Module, dataset: Dataset, *, samples: int, computing: Com
     return Scores(train_loss, test_loss, test_error)
 
 
-def recalibrate(model: nn.Module, dataset: Dataset, *, samples: int) -> None:
+def recalibrate(model: nn.Module, dataset: Dataset, *, samples: int, computing: Computing = USUAL) -> None:
     """Replaces the running statistics of every BatchNorm by the mean of those of batches of training samples.
 
     Each batch is spread over the whole set, since folders of pictures come class by class and a batch of one class
@@ -51,7 +51,7 @@ def recalibrate(model: nn.Module, dataset: Dataset, *, samples: int) -> None:
     indices = evenly_spaced(len(dataset.train), samples)
     batches = -(-len(indices) // BATCH)
     pictures = dataset.train.stream(indices[first::batches] for first in range(batches))
-    calibrate.recalibrate(model, (torch.from_numpy(data.prepare(images, dataset)) for images, _ in pictures))
+    calibrate.recalibrate(model, (computing.inputs(data.prepare(images, dataset)) for images, _ in pictures))
 
 
 def evenly_spaced(count: int, samples: int) -> NDArray[np.int64]:
@@ -88,7 +88,7 @@ def main(conn: Connection, fds: list[int], plan: TrainingPlan, description: dict
     dataset = data.from_memfd(fds[1] if len(fds) > 1 else None, description)
     device = torch.device(plan.computing.device)
     model = models.build(plan.model, shape=plan.shape, classes=plan.classes).to(device)
-    flat = Flat(model)
+    flat = Flat(plan.computing.narrowed(model))
     copy = vector(flat.n)
     x = torch.from_numpy(copy).to(device)  # the same memory on the CPU
     flat.bind(x)
@@ -99,8 +99,9 @@ def main(conn: Connection, fds: list[int], plan: TrainingPlan, description: dict
         conn.send(("taken",))
         began = time.perf_counter()
         x.copy_(torch.from_numpy(copy))
+        flat.halves.round()
         if plan.buffers == "recalibrate":
-            recalibrate(model, dataset, samples=plan.evaluation_samples)
+            recalibrate(model, dataset, samples=plan.evaluation_samples, computing=plan.computing)
         scores = evaluate(model, dataset, samples=plan.evaluation_samples, computing=plan.computing)
         statistics = x[flat.buffers].cpu().numpy().copy()
         conn.send(("evaluated", asdict(scores), statistics, time.perf_counter() - began))

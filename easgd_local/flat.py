@@ -6,7 +6,7 @@ gradient: frozen parameters and buffers such as BatchNorm's running statistics. 
 memory, so channels-last weights stay channels-last.
 
 Buffers that are no state to average stay each worker's own: integers, other types than float32, those that are not
-saved (`persistent=False`) or not finite (a mask of -inf).
+saved (`persistent=False`) or not finite (a mask of -inf). Parameters of half precision are the vector rounded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from easgd_local import halves
 
 ALIGNMENT = 16  # floats
 
@@ -73,9 +75,10 @@ class Flat:
 
     `bind(x)` makes the model compute with the memory of x; `g`, of n floats, receives the gradients, zeros where
     nothing is trained. `trainable` is the length of the part that gradients move, `parameters` the number of the
-    model's own parameters. The model's own tensors stay the same objects.
+    model's own parameters. The model's own tensors stay the same objects. Those of half precision (`halves`) are x
+    rounded: `halves.round` after x has moved, `halves.collect` after a backward pass.
 
-    Raises `ValueError` for a model with parameters that are not float32.
+    Raises `ValueError` for a model with parameters that are neither float32 nor of one half precision.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,10 +93,10 @@ class Flat:
         for place, (name, tensor) in enumerate(trained + frozen + buffers):
             if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
                 raise ValueError(f"{name} has no shape yet (a lazy module): run one batch through the model first.")
-            if tensor.dtype != torch.float32:
+            if tensor.dtype not in (torch.float32, *halves.TYPES):
                 raise ValueError(
-                    f"{name} has dtype {tensor.dtype}: the exchange works on float32; call model.float() "
-                    f"and choose another precision for the computation with autocast or precision=."
+                    f"{name} has dtype {tensor.dtype}: the exchange works on float32, and parameters are that, "
+                    f"bfloat16 or float16; call model.float()."
                 )
             start = _aligned(stop)
             stop = start + tensor.numel()
@@ -102,6 +105,7 @@ class Flat:
             if place < len(trained):
                 self.trainable = stop
         _check_memory(self.entries, self._tensors)
+        _check_statistics(model)
         entry_of = {id(tensor): entry for entry, tensor in zip(self.entries, self._tensors, strict=True)}
         self._places = {name: entry_of.get(id(tensor)) for name, tensor in saved.items()}
         if not trained:
@@ -109,6 +113,12 @@ class Flat:
         self.n = _aligned(stop)
         self.parameters = sum(tensor.numel() for _, tensor in trained + frozen)
         self.buffers = slice(_aligned(max(e.stop for e in self.entries if not e.is_buffer)), self.n)
+        self._find_halves()
+
+    def _find_halves(self) -> None:
+        pairs = list(zip(self.entries, self._tensors, strict=True))
+        self._full = [(entry, tensor) for entry, tensor in pairs if tensor.dtype == torch.float32]
+        self.halves = halves.Halves([one for one in pairs if one[1].dtype in halves.TYPES], self.n)
 
     def of(self, copy: nn.Module) -> Flat:
         """The same correspondence for a copy of the model."""
@@ -116,6 +126,7 @@ class Flat:
         twin = object.__new__(Flat)
         vars(twin).update(vars(self) | {"model": copy, "_tensors": [own[entry.name] for entry in self.entries]})
         vars(twin).pop("_held_buffers", None)
+        twin._find_halves()
         return twin
 
     @cached_property
@@ -145,23 +156,25 @@ class Flat:
     def bind(self, x: NDArray[np.float32] | Tensor) -> None:
         """The model computes with the memory of x from now on, with the values found there."""
         flat = _tensor(x)
-        for entry, tensor in zip(self.entries, self._tensors, strict=True):
+        for entry, tensor in self._full:
             tensor.data = entry.of(flat)
+        self.halves.bind(flat)
 
     def strayed(self, x: NDArray[np.float32] | Tensor) -> str | None:
         """The name of a parameter or buffer that no longer lies in the memory of x; None when all do."""
         base = _tensor(x).data_ptr()
-        for entry, tensor in zip(self.entries, self._tensors, strict=True):
+        for entry, tensor in self._full:
             if tensor.data_ptr() != base + 4 * entry.start and entry.stop > entry.start:
                 return entry.name
-        return None
+        return self.halves.strayed()
 
     def bind_gradients(self, g: NDArray[np.float32] | Tensor) -> None:
         """Backward passes add to the memory of g from now on."""
         flat = _tensor(g)
-        for entry, tensor in zip(self.entries, self._tensors, strict=True):
+        for entry, tensor in self._full:
             if tensor.requires_grad:
                 tensor.grad = entry.of(flat)
+        self.halves.bind_gradients(flat)
 
     @contextlib.contextmanager
     def training(self, only: slice | None) -> Iterator[None]:
@@ -221,6 +234,16 @@ def _check_memory(entries: list[Entry], tensors: list[Tensor]) -> None:
             raise ValueError(
                 f"{entry.name} and {other} lie in the same memory but are two parameters; tie them by using one "
                 f"Parameter twice, self.a.weight = self.b.weight."
+            )
+
+
+def _check_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        mean = module.running_mean if isinstance(module, nn.modules.batchnorm._NormBase) else None
+        if mean is not None and mean.dtype in halves.TYPES:
+            raise ValueError(
+                f"{name}.running_mean has dtype {mean.dtype}, in which running statistics lose their small steps; keep "
+                f"the {type(module).__name__} in float32: call .float() on it."
             )
 
 

@@ -15,10 +15,17 @@ from torch.nn import functional as F
 
 from easgd_local.data import Dataset, MemorySplit, OnDevice, Sampler, order, prepare, step_rng, to_device
 from easgd_local.flat import Flat
-from easgd_local.loss_scale import scaled
+from easgd_local.halves import narrow
+from easgd_local.loss_scale import scale_of, unscale
 from easgd_local.memory import MainMemory, Memory
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {  # the type of torch's autocast, and that of the parameters
+    "fp32": (None, torch.float32),
+    "bf16": (torch.bfloat16, torch.float32),
+    "fp16": (torch.float16, torch.float32),
+    "bf16-true": (None, torch.bfloat16),
+    "fp16-true": (None, torch.float16),
+}
 
 
 @dataclass(frozen=True)
@@ -37,16 +44,17 @@ class Computing:
     pictures_on_device: bool = False
 
     def context(self) -> contextlib.AbstractContextManager[object]:
-        """bfloat16 or float16 where torch holds that to be safe, or plain float32."""
-        kind = PRECISIONS[self.precision]
+        """bfloat16 or float16 where torch holds that to be safe, or the types of inputs and parameters."""
+        kind, _ = PRECISIONS[self.precision]
         return contextlib.nullcontext() if kind is None else torch.autocast(self.device, kind)
 
     def inputs(self, pictures: np.ndarray | Tensor) -> Tensor:
-        """float32[b, C, H, W] on the device, of the same values: all layers keep the order in memory that they are
-        given."""
+        """[b, C, H, W] on the device, of the same values in the parameters' type: all layers keep the order in memory
+        that they are given."""
         made = torch.from_numpy(pictures) if isinstance(pictures, np.ndarray) else pictures
         made = made.contiguous(memory_format=torch.channels_last) if self.channels_last else made
-        return made if made.device.type == self.device else to_device(made, torch.device(self.device))
+        made = made if made.device.type == self.device else to_device(made, torch.device(self.device))
+        return made.to(self.parameter_type)
 
     def set_up(self) -> None:
         """Makes torch compute so in this process; before it starts CUDA."""
@@ -59,6 +67,20 @@ class Computing:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose as it likes
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # which only helps to find mistakes
+
+    @property
+    def parameter_type(self) -> torch.dtype:
+        """What the model's parameters are: x itself in float32, or x rounded."""
+        return PRECISIONS[self.precision][1]
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the gradients of layers are float16, which has no small numbers."""
+        return torch.float16 in PRECISIONS[self.precision]
+
+    def narrowed(self, model: nn.Module) -> nn.Module:
+        """The model itself, its parameters now of their type."""
+        return model if self.parameter_type == torch.float32 else narrow(model, self.parameter_type)
 
     def model(self, model: nn.Module) -> nn.Module:
         """The model as it is called."""
@@ -88,7 +110,7 @@ class Gradient:
     ) -> None:
         self._memory = MainMemory() if memory is None else memory
         self._device = self._memory.device
-        self.flat = Flat(model.to(self._device))
+        self.flat = Flat(computing.narrowed(model.to(self._device)))
         self.n, self.buffers = self.flat.n, self.flat.buffers
         self.loss: float | Tensor = float("nan")  # of the latest minibatch, without the weight decay term
         self.loss_scale: Any = None  # for fp16: a vector of this memory that holds the state of `loss_scale`
@@ -124,14 +146,19 @@ class Gradient:
         torch.manual_seed(seed)
         ops.fill(self._g, 0.0)
         self._memory.touch([at], [self._g])  # and the buffers in `at`, of which an exchange has a copy
+        self.flat.halves.round()
         with self.flat.training(only), self._computing.context():
-            loss = F.cross_entropy(self._called(inputs), targets)
+            loss = F.cross_entropy(self._called(inputs).float(), targets)
         if self.loss_scale is None:
             loss.backward()
+            self.flat.halves.collect()
         else:
             tensor = self._memory.tensor
             self._memory.touch([], [self.loss_scale])
-            scaled(loss, tensor(self._g), tensor(self.loss_scale))
+            state = tensor(self.loss_scale)
+            (loss * scale_of(state)).backward()
+            self.flat.halves.collect()
+            unscale(tensor(self._g), state)
         self.loss = loss.item() if self._device.type == "cpu" else loss.detach()
         trained = slice(0, self.flat.trainable) if only is None else only
         if self._weight_decay:

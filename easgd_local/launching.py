@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
 from easgd_local import checkpoint, child, hardware, hosted
@@ -190,7 +191,8 @@ def prepare(
     found = None if resume is None else checkpoint.newest(resume)
     proposal = gather(launcher, children)[0]
     agreed, plan = Agreed(config, _terms(proposal)), _plan(config, proposal, folder)
-    own_vectors = 1 + len(plan.rule.over_local) + len(plan.rule.over_scratch)
+    halved = proposal.dtype != torch.float32  # numbers of 2 bytes, and gradients of 4 while an optimizer steps
+    own_vectors = 1 + halved + len(plan.rule.over_local) + len(plan.rule.over_scratch)
     plan = replace(plan, graphics=exchanging(graphics, "auto", plan, own_vectors))
     if found is not None:
         _check_same(found[1].config, agreed.to_json(), folder)
@@ -239,7 +241,8 @@ def view_of(wanted: bool) -> Screen | Lines | None:
 def _terms(proposal: Proposal) -> dict[str, Any]:
     """What the workers agreed on, for config.json."""
     names = ("turns", "buffers", "optimizer_state", "evaluate_every", "block_bytes", "model")
-    return {"rule": {"name": proposal.rule.name} | asdict(proposal.rule)} | {n: getattr(proposal, n) for n in names}
+    terms = {n: getattr(proposal, n) for n in names} | {"dtype": str(proposal.dtype).removeprefix("torch.")}
+    return {"rule": {"name": proposal.rule.name} | asdict(proposal.rule)} | terms
 
 
 def _plan(config: LaunchConfig, proposal: Proposal, folder: Path) -> Plan:

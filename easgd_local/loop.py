@@ -78,8 +78,9 @@ class LoopWorker:
     ) -> None:  # fmt: skip
         """Lays a rule over the steps of an optimizer: from here on `optimizer.step()` also meets the center.
 
-        model: on `worker.device`, with float32 parameters; every worker builds the same one, and all start from worker
-        0's values. Its parameters become views of one vector of n floats and stay the same objects.
+        model: on `worker.device`, with parameters in float32 or one half precision; every worker builds the same one,
+        and all start from worker 0's values. Its parameters become views of one vector of n floats, or of that vector
+        rounded, and stay the same objects.
         optimizer: any `torch.optim.Optimizer` over parameters of the model, or several: a step is made when each has
         stepped, and one that a GradScaler skips is none.
         rule: `EASGD`, `EASGDSync`, `EASGDGaussSeidel`, `EAMSGD` or `EAMSGDSync` (over SGD with the same Nesterov
@@ -125,7 +126,7 @@ class LoopWorker:
             rule=rule, turns=turns or rule.orders[0], buffers=buffers,
             evaluates=evaluate is not None or calibrate_on is not None, evaluate_every=evaluate_every,
             block_bytes=block_bytes, optimizer_state=optimizer_state, model=type(plain).__name__,
-            entries=tuple(flat.entries), n=flat.n, parameters=flat.parameters,
+            entries=tuple(flat.entries), n=flat.n, parameters=flat.parameters, dtype=flat.halves.kind,
             t=self._state["t"] if self._state else 0, naming=flat.naming(),
         )  # fmt: skip
         self._meet_the_others(proposal, flat, attachment)

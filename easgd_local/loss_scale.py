@@ -14,16 +14,21 @@ INITIAL, LARGEST, PATIENCE = 2.0**16, 2.0**24, 2000
 STATE = "loss_scale"  # a vector of two floats: the scale, 0 for the initial one, and how many g in a row were finite
 
 
-def scaled(loss: Tensor, g: Tensor, state: Tensor) -> None:
-    """The backward pass of the loss, which adds to the memory of g (float32[n], zeros before); `state` goes on."""
-    scale = torch.where(state[0] == 0, torch.full_like(state[0], INITIAL), state[0])
-    (loss * scale).backward()
-    with torch.no_grad():
-        g.div_(scale)
-        finite = torch.isfinite(g).all()
-        g.masked_fill_(~finite, 0.0)
-        row = torch.where(finite, state[1] + 1, torch.zeros_like(state[1]))
-        grows = row >= PATIENCE
-        grown = torch.where(grows, (2 * scale).clamp(max=LARGEST), scale)
-        state[0] = torch.where(finite, grown, (scale / 2).clamp(min=1.0))
-        state[1] = torch.where(grows, torch.zeros_like(row), row)
+def scale_of(state: Tensor) -> Tensor:
+    """What the loss is to be multiplied by."""
+    return torch.where(state[0] == 0, torch.full_like(state[0], INITIAL), state[0])
+
+
+@torch.no_grad()
+def unscale(g: Tensor, state: Tensor) -> None:
+    """After the backward pass of the scaled loss: g (float32[n]) <- g / scale, 0 where it is not finite; `state` goes
+    on."""
+    scale = scale_of(state)
+    g.div_(scale)
+    finite = torch.isfinite(g).all()
+    g.masked_fill_(~finite, 0.0)
+    row = torch.where(finite, state[1] + 1, torch.zeros_like(state[1]))
+    grows = row >= PATIENCE
+    grown = torch.where(grows, (2 * scale).clamp(max=LARGEST), scale)
+    state[0] = torch.where(finite, grown, (scale / 2).clamp(min=1.0))
+    state[1] = torch.where(grows, torch.zeros_like(row), row)

@@ -69,7 +69,8 @@ class Prepared:
     @property
     def own_vectors(self) -> tuple[str, ...]:
         """Names of the vectors of n floats at each worker."""
-        return ("x", "g", *self.plan.rule.local, *self.plan.rule.scratch)
+        halves = ("halves",) if _halved(self.plan) else ()
+        return ("x", "g", *halves, *self.plan.rule.local, *self.plan.rule.scratch)
 
     @property
     def fds(self) -> list[int]:
@@ -203,8 +204,14 @@ def _fits_on_device(dataset: Dataset, graphics: Graphics | None, workers: int) -
 
 
 def _own_vectors(plan: TrainingPlan) -> int:
-    """How many vectors of n floats each worker has: x, g and what the rule declares, and torch's optimizers pass by."""
-    return len(plan.rule.local) + len(plan.rule.scratch) + 2 + (3 if plan.rule.optimizer and plan.graphics else 0)
+    """How many vectors of n floats each worker has: x, g and what the rule declares; torch's optimizers pass by."""
+    passing = 3 if plan.rule.optimizer and plan.graphics else 0
+    return len(plan.rule.local) + len(plan.rule.scratch) + 2 + _halved(plan) + passing
+
+
+def _halved(plan: TrainingPlan) -> bool:
+    """Whether there are parameters and gradients of 2 bytes each besides, as much together as one vector of floats."""
+    return plan.computing.parameter_type != torch.float32
 
 
 def _plan(config: Config, dataset: Dataset, graphics: Graphics | None) -> tuple[TrainingPlan, list[str]]:

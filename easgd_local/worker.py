@@ -83,7 +83,7 @@ class Worker(Visitor):
         self._gradient = gradient
         if rule.optimizer:
             self._start_optimizer()
-        if plan.computing.precision == "fp16":
+        if plan.computing.scales_loss:
             gradient.loss_scale = self._kept[LOSS_SCALE] = self._place.vector(2)
 
     def _start_optimizer(self) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import easgd_local as easgd
 from easgd_local import data
+from easgd_local.halves import narrow
 from easgd_local.loop import LoopWorker
 
 
@@ -51,8 +52,8 @@ class Odd(nn.Module):
         self.unused = nn.Linear(32, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = F.dropout(torch.relu(self.norm(self.first(x.flatten(1)))), 0.1, self.training)
-        return self.head(torch.relu(self.frozen(torch.relu(self.again(torch.relu(self.square(h)))))))
+        h = F.dropout(torch.relu(self.norm(self.first(x.flatten(1).to(self.first.weight.dtype)))), 0.1, self.training)
+        return self.head(torch.relu(self.frozen(torch.relu(self.again(torch.relu(self.square(h))))))).float()
 
 
 def scores(model: nn.Module) -> dict[str, Any]:
@@ -112,9 +113,12 @@ def leaves_at(worker: LoopWorker, steps: int) -> None:
         optimizer.step()
 
 
-def resumable(worker: LoopWorker, epochs: int, stop_at: int = 0, rule: Any = None, loader_workers: int = 0) -> None:
-    """A model of every sort, an optimizer with state, a schedule; `stop_at` presses Ctrl-C in the launcher."""
-    model = Odd()
+def resumable(
+    worker: LoopWorker, epochs: int, stop_at: int = 0, rule: Any = None, loader_workers: int = 0, half: bool = False
+) -> None:
+    """A model of every sort, an optimizer with state, a schedule; `stop_at` presses Ctrl-C in the launcher. In `half`
+    its parameters are bfloat16, but BatchNorm's."""
+    model = narrow(Odd(), torch.bfloat16) if half else Odd()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.003)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
     worker.attach(model, optimizer, rule or easgd.EASGD(tau=4), stateful=[schedule])
@@ -168,7 +172,12 @@ def different_rules(worker: LoopWorker) -> None:
 
 
 def wrong_type(worker: LoopWorker) -> None:
-    model = nn.Linear(3, 2).to(torch.bfloat16) if worker.rank else nn.Linear(3, 2)
+    model = nn.Linear(3, 2).double() if worker.rank else nn.Linear(3, 2)
+    worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD())
+
+
+def different_types(worker: LoopWorker) -> None:
+    model = nn.Linear(3, 2).bfloat16() if worker.rank else nn.Linear(3, 2)
     worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD())
 
 

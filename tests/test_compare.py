@@ -162,6 +162,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (["msgd", "ddp", "--budget", "0s"], "budget=0s: must be a time above nothing"),
     (["msgd", "ddp", "--budget", "9s", "--steps", "9"], "budget=9s and steps=9: both fix the length"),
     (["msgd", "ddp", "--steps", "9", "--epochs", "1"], "steps=9 and epochs=1.0: both fix the length"),
+    (["msgd", "ddp", "--precision", "fp16"], "precision=fp16: ddp is torch's own, with neither a scaled loss nor"),
     (["msgd", "ddp", "--device", "cuda"], "device=cuda: ddp runs over gloo on CPUs only in this version"),
     (["msgd", "ddp", "--workers", "0"], "workers=0: must be at least 1"),
     (["msgd", "ddp", "--seed", str(2**63 - 2)], "seed=.*: must be below"),

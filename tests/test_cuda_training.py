@@ -121,10 +121,11 @@ def test_a_straggler_is_named(run: Runner) -> None:
         assert waited[2] > 0.1 and waited[2] == max(waited)
 
 
-def test_float16_scales_its_loss(run: Runner) -> None:
-    summary = run(workers=2, steps=30, device="cuda", precision="fp16", checkpoint_every=15)
+@pytest.mark.parametrize("precision", ["fp16", "fp16-true", "bf16-true"])
+def test_in_half_precision_it_learns_the_same_on_both(precision: str, run: Runner) -> None:
+    summary = run(workers=2, steps=30, device="cuda", precision=precision)
     assert summary["status"] == "done" and summary["train_loss"] < 2.2
-    again = run(workers=2, steps=30, precision="fp16")
+    again = run(workers=2, steps=30, precision=precision)
     assert again["center_sha256"] == summary["center_sha256"]
 
 
@@ -160,9 +161,13 @@ def test_a_loop_of_ones_own_computes_on_the_gpu_what_it_does_on_the_cpu(rule: An
     assert on_gpu.summary["center_sha256"] == on_cpu.summary["center_sha256"]
 
 
-@pytest.mark.parametrize("rule", [EASGD(tau=4), Downpour(tau=4)], ids=lambda rule: rule.name)
-def test_a_model_of_every_sort_interrupted_and_resumed_ends_with_the_bits_of_the_cpu(rule: Any, launch: Any) -> None:
-    loop = functools.partial(loops.resumable, rule=rule)
+@pytest.mark.parametrize(
+    "rule, half", [(EASGD(tau=4), False), (Downpour(tau=4), True)], ids=["easgd", "downpour, bfloat16"]
+)
+def test_a_model_of_every_sort_interrupted_and_resumed_ends_with_the_bits_of_the_cpu(
+    rule: Any, half: bool, launch: Any
+) -> None:
+    loop = functools.partial(loops.resumable, rule=rule, half=half)
     whole = launch(loop, 1)
     with pytest.raises(KeyboardInterrupt):
         launch(loop, 1, 9, device="cuda", out=(folder := f"{whole.folder}-stopped"))

@@ -49,7 +49,7 @@ def attach(**changes: Any) -> None:
     ({"evaluate_every": 1.5}, r"^evaluate_every=1.5: must be a whole number of steps"),
     ({"stateful": [3]}, r"^stateful: int has no state_dict and load_state_dict"),
     ({"rule": easgd.EASGD(beta=5.0)}, r"^beta=5.0: α = β/p = 2.5, but the moving rate must lie in \[0, 1\]"),
-    ({"model": nn.Linear(3, 2).half()}, r"^weight has dtype torch.float16: .*call model.float\(\)"),
+    ({"model": nn.Linear(3, 2).double()}, r"^weight has dtype torch.float64: .*call model.float\(\)"),
 ])  # fmt: skip
 def test_what_cannot_be_attached_is_refused(changes, message):
     with pytest.raises(Refusal, match=message):

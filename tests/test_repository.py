@@ -50,6 +50,7 @@ LAYERS = (
     ("turns", "center"),
     ("memory", "loss_scale"),
     ("flat",),
+    ("halves",),
     ("backend.*",),
     ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition", "randomness"),
 )

@@ -444,6 +444,7 @@ def test_the_center_of_a_network_with_batch_norm_has_statistics_of_its_own(buffe
 
 def test_a_run_in_bf16_and_one_with_independent_sampling_learn(run: Runner) -> None:
     assert run(steps=200, precision="bf16")["test_error"] < 0.2
+    assert run(steps=200, precision="bf16-true")["test_error"] < 0.2
     assert run(steps=200, sampling="independent")["test_error"] < 0.2
 
 

@@ -32,12 +32,11 @@ def look(comparison: Comparison, dataset: Dataset | None = None) -> Dataset:
             partition(lengths, comparison.workers(one))  # says if too few
     if comparison.budget_s is not None:
         torch.set_num_threads(hardware.cores())
-        took_s = []
+        computing, took_s = Computing(config.precision, config.channels_last), []
+        model = computing.narrowed(model)
         for _ in range(3):
             began = time.perf_counter()
-            evaluate(
-                model, dataset, samples=config.eval_samples, computing=Computing(config.precision, config.channels_last)
-            )
+            evaluate(model, dataset, samples=config.eval_samples, computing=computing)
             took_s.append(time.perf_counter() - began)
         _check_budget(comparison.budget_s, min(took_s))
     return dataset

@@ -61,6 +61,7 @@ class Comparison:
                     )
         if self.common.get("device") == "cuda":
             self._refuse_rivals_on_gpus()
+        self._check_precision()
         template = Config(rule=EASGD(), **self.common)
         if template.seed + self.seeds >= 2**63:
             raise ValueError(f"seed={template.seed}: must be below 2^63 - seeds; choose a smaller one.")
@@ -93,6 +94,15 @@ class Comparison:
                 raise ValueError(
                     f"device=cuda: {one.label} runs over gloo on CPUs only in this version, while rules run on GPUs "
                     f"too; leave it out, or use --device cpu."
+                )
+
+    def _check_precision(self) -> None:
+        precision = self.common.get("precision", "fp32")
+        for one in self.entries:
+            if one.is_rival and precision not in ("fp32", "bf16"):
+                raise ValueError(
+                    f"precision={precision}: {one.label} is torch's own, with neither a scaled loss nor a float32 x "
+                    f"behind its parameters; choose fp32 or bf16."
                 )
 
     def workers(self, entry: Entry) -> int:

@@ -1,0 +1,342 @@
+"""Parameters in half precision: the model computes with x rounded, and nothing else is rounded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from easgd_local import evaluate
+from easgd_local.backend.cpu import CpuOps, vector
+from easgd_local.child import Refusal
+from easgd_local.flat import Flat
+from easgd_local.gradient import Computing, Gradient
+from easgd_local.halves import TYPES, narrow
+from easgd_local.rules.diloco import DiLoCo
+from easgd_local.rules.easgd import EASGD
+from easgd_local.rules.localsgd import LocalSGD
+from tests import threads
+from tests.loop_threads import BLOCK_BYTES, Net, Team, batch, seeded
+from tests.test_attached import LR, adamw, nesterov, sgd
+from tests.test_flat import Small
+from tests.test_gradient import BATCH_SIZE, RANK, SEED, build, data, gradient_of, one_thread, start  # noqa: F401
+
+BITS = {torch.bfloat16: 8, torch.float16: 11}
+
+
+class Half(Net):
+    """The network of the loops in bfloat16, from float32 inputs to float32 answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to(torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x.to(torch.bfloat16)).float()
+
+
+class MixedNet(Half):
+    """Its last layer in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[2].float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body[2](self.body[:2](x.to(torch.bfloat16)).float())
+
+
+def loss_of(model: nn.Module, i: int, t: int) -> torch.Tensor:
+    inputs, targets = batch(i, t)
+    return F.mse_loss(model(inputs), targets)
+
+
+def step(team: Team, i: int, t: int) -> None:
+    (optimizer,) = team.optimizers[i]
+    optimizer.zero_grad()
+    loss_of(team.models[i], i, t).backward()
+    optimizer.step()
+
+
+def gradient(make: type[nn.Module]) -> threads.paper.Gradient:
+    """(i, t, x) -> the gradient of a network of its own whose parameters are x rounded, widened."""
+
+    def g_of(i: int, t: int, x: np.ndarray) -> np.ndarray:
+        model, g = make(), np.zeros_like(x)
+        entries = Flat(model).entries
+        with torch.no_grad():
+            for entry, parameter in zip(entries, model.parameters(), strict=True):
+                parameter.copy_(entry.of(torch.from_numpy(x)))
+        loss_of(model, i, t).backward()
+        for entry, parameter in zip(entries, model.parameters(), strict=True):
+            g[entry.start : entry.stop] = parameter.grad.float().numpy().ravel()
+        return g
+
+    return g_of
+
+
+# The vector
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_parameters_are_x_rounded_to_the_nearest_and_to_even_on_a_tie(kind):
+    model = nn.Linear(5, 1, bias=False).to(kind)
+    flat, unit = Flat(model), 2.0 ** (1 - BITS[kind])
+    x = vector(flat.n)
+    flat.bind(x)
+    x[:5] = [1 + 0.5 * unit, 1 + 1.5 * unit, 1 + 0.51 * unit, -1 - 0.49 * unit, 3]
+    assert model.weight.flatten().tolist() == [0] * 5  # x has moved, the model computes with the old values
+    flat.halves.round()
+    assert model.weight.flatten().tolist() == [1, 1 + 2 * unit, 1 + unit, -1, 3]
+    assert x[0] == 1 + 0.5 * unit
+
+
+def test_a_model_in_half_has_the_coordinates_of_the_same_in_float32():
+    full = Flat(Small())
+    half = Flat(narrow(Small(), torch.bfloat16))
+    assert half.entries == full.entries and half.n == full.n and half.parameters == full.parameters
+    assert np.abs(half.values() - full.values()).max() <= 2.0**-9 * np.abs(full.values()).max()
+    state = half.state_dict(full.values())
+    assert all(torch.equal(state[name], value) for name, value in Small().state_dict().items())  # x, not its rounding
+    Small().to(torch.bfloat16).load_state_dict(state)
+
+
+def test_modules_with_running_statistics_stay_in_float32():
+    model = narrow(Small(), torch.float16)
+    kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {name for name, kind in kinds.items() if kind == torch.float32} == {
+        "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var",
+    }  # fmt: skip
+    flat = Flat(model)
+    x = vector(flat.n)
+    x[:] = flat.values()
+    flat.bind(x)
+    model.norm.weight.data.fill_(2.0)  # in the memory of x
+    assert set(x[[e.start for e in flat.entries if e.name == "norm.weight"]]) == {2.0}
+
+
+def test_gradients_of_both_types_meet_in_g_and_do_not_pile_up():
+    model = MixedNet()
+    flat = Flat(model)
+    x, g = vector(flat.n), vector(flat.n)
+    x[:] = flat.values()
+    flat.bind(x)
+    flat.bind_gradients(g)
+    for t in range(2):
+        g[:] = 0
+        loss_of(model, 0, t).backward()
+        flat.halves.collect()
+        assert np.array_equal(g, gradient(MixedNet)(0, t, x))
+
+
+def test_two_half_precisions_in_one_model_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3).to(torch.bfloat16), nn.Linear(3, 3).half())
+    message = r"^1\.weight has dtype torch\.float16 and 0\.weight torch\.bfloat16: .* choose one of them"
+    with pytest.raises(ValueError, match=message):
+        Flat(model)
+
+
+def test_running_statistics_in_half_precision_are_refused():
+    with pytest.raises(ValueError, match=r"^norm\.running_mean has dtype torch\.float16, .* the BatchNorm1d in fl"):
+        Flat(Small().half())
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.float(), lambda model: setattr(model.weight, "data", model.weight.data.clone()),
+])  # fmt: skip
+def test_what_no_longer_lies_among_the_rounded_numbers_is_named(change):
+    model = nn.Linear(3, 3).half()
+    flat = Flat(model)
+    flat.bind(vector(flat.n))
+    assert flat.strayed(vector(flat.n)) is None
+    change(model)
+    assert flat.strayed(vector(flat.n)) == "weight"
+
+
+# The built-in training loop
+
+
+@pytest.mark.parametrize("name", ["cifar7", "norms"])
+def test_the_gradient_is_that_of_the_plain_model_with_rounded_parameters(name, one_thread):  # noqa: F811
+    gradient_in_half, x = gradient_of(name, computing=Computing("bf16-true"), weight_decay=0.0), start(name)
+    g = gradient_in_half(CpuOps(), 2, x.copy())
+    model, dataset = build(name)
+    narrow(model, torch.bfloat16)
+    sampler = data.shard(SEED, RANK, 3, BATCH_SIZE, len(dataset.train))
+    pictures, labels = next(dataset.train.stream(data.order(sampler, 2)))
+    rng = data.step_rng(SEED, RANK, 2)
+    inputs = torch.from_numpy(data.prepare(pictures, dataset, rng)).to(torch.bfloat16)
+    torch.manual_seed(int(rng.integers(2**62)))
+    loss = F.cross_entropy(model.train()(inputs).float(), torch.from_numpy(labels))
+    loss.backward()
+    assert gradient_in_half.loss == loss.item()
+    for entry in gradient_in_half.flat.trained:
+        parameter = model.get_parameter(entry.name)
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert np.array_equal(g[entry.start : entry.stop], expected.float().numpy().ravel()), entry.name
+
+
+def test_weight_decay_is_of_x_and_not_of_its_rounding():
+    x = start("mlp")
+    without, decayed = (gradient_of("mlp", computing=Computing("bf16-true"), weight_decay=one) for one in (0, 0.5))
+    g = without(CpuOps(), 2, x).copy()
+    assert np.array_equal(decayed(CpuOps(), 2, x), g + np.float32(0.5) * x)
+
+
+def test_part_of_the_gradient_is_that_slice_of_it():
+    x, made = start("cifar7"), gradient_of("cifar7", computing=Computing("bf16-true"), weight_decay=0.0)
+    whole = made(CpuOps(), 2, x).copy()
+    part = slice(made.layers[2].start, made.layers[5].stop)
+    g = made(CpuOps(), 2, x, part)
+    assert np.array_equal(g[part], whole[part]) and g[part].any()
+    assert not g[: part.start].any() and not g[part.stop :].any()
+
+
+def test_the_evaluation_is_of_the_rounded_model():
+    model, dataset = build("cifar7")
+    computing = Computing("bf16-true")
+    scores = evaluate.evaluate(computing.narrowed(model), dataset, samples=50, computing=computing)
+    twin = build("cifar7")[0]
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16).float())
+    full = evaluate.evaluate(twin, dataset, samples=50)
+    assert scores != full and scores.train_loss == pytest.approx(full.train_loss, rel=2.0**-6)
+
+
+def test_float16_scales_its_loss_so_that_small_gradients_lose_no_digits():
+    model, dataset = build("mlp")
+    sampler = data.shard(SEED, RANK, 3, BATCH_SIZE, len(dataset.train))
+    made = Gradient(model, dataset, sampler, rank=RANK, weight_decay=0.0, computing=Computing("fp16-true"))
+    x, reference = start("mlp"), gradient_of("mlp", weight_decay=0.0)(CpuOps(), 2, start("mlp"))
+    without = made(CpuOps(), 2, x).copy()
+    made.loss_scale = vector(2)
+    scaled = made(CpuOps(), 2, x)
+    assert np.linalg.norm(scaled - reference) <= 24 * 2.0**-11 * np.linalg.norm(reference)
+    lost, left = (np.modf(g * np.float32(2.0**24))[0].any() for g in (without, scaled))  # in units of the smallest
+    assert left and not lost
+
+
+# Loops of one's own
+
+
+@pytest.mark.parametrize("make", [Half, MixedNet])
+@pytest.mark.parametrize("rule", [
+    EASGD(lr=LR, tau=2, beta=0.9), LocalSGD(lr=LR, tau=3), DiLoCo(lr=LR, tau=3, inner="sgd"),
+], ids=["easgd", "local-sgd", "diloco"])  # fmt: skip
+def test_the_optimizer_moves_x_in_float32_with_the_widened_gradient(make, rule):
+    start = Flat(seeded(make, 0)).values()
+    expected = threads.train(rule, 3, 8, gradient(make), start=start, block_bytes=BLOCK_BYTES)
+    with Team.of(rule, 3, sgd, make) as team:
+        team.run(8, step)
+        assert np.array_equal(team.c, expected.c)
+        for i in range(3):
+            assert np.array_equal(team.x(i), expected.x[i])
+            rounded = Flat(team.models[i]).values()
+            assert all(
+                np.array_equal(
+                    rounded[entry.start : entry.stop],
+                    torch.from_numpy(team.x(i)[entry.start : entry.stop]).to(parameter.dtype).float().numpy(),
+                )
+                for entry, parameter in zip(Flat(team.models[i]).entries, team.models[i].parameters(), strict=True)
+            )
+
+
+def test_steps_too_small_for_the_parameters_add_up():
+    def slow(model):
+        return torch.optim.SGD(model.parameters(), lr=2.0**-12)
+
+    alone = Half()
+    nn.init.ones_(alone.body[0].weight)
+    optimizer = slow(alone)
+    with Team.of(EASGD(tau=1, alpha=0.0), 1, slow, Half) as team:
+        (model,) = team.models
+        nn.init.ones_(model.body[0].weight)
+        team.workers[0].x[: model.body[0].weight.numel()] = 1
+        for one, its in ((model, team.optimizers[0][0]), (alone, optimizer)):
+            for _ in range(2**6):
+                one.body[0].weight.grad = torch.ones_like(one.body[0].weight)
+                its.step()
+        assert set(alone.body[0].weight.flatten().tolist()) == {1.0}
+        assert set(model.body[0].weight.flatten().tolist()) == {1 - 2.0**-6}
+
+
+@pytest.mark.parametrize("optimizer", [adamw, nesterov])
+def test_the_state_of_the_optimizer_is_float32_and_comes_back_to_the_same_bits(optimizer):
+    with Team.of(EASGD(tau=3), 1, optimizer, Half) as whole, Team.of(EASGD(tau=3), 1, optimizer, Half) as half:
+        whole.run(8, step)
+        half.run(4, step)
+        state, center, expected = half.workers[0].state(), half.c, (whole.x(0), whole.c)
+    (saved,) = state["optimizers"]
+    kinds = {value.dtype for one in saved["state"].values() for value in one.values() if value is not None}
+    assert kinds == {torch.float32}
+    with Team.of(EASGD(tau=3), 1, optimizer, Half) as rest:
+        (one,) = rest.workers
+        one.restore(state)
+        one.t = 4
+        rest.center.vectors["c"][:] = center
+        rest.run(4, lambda team, i, t: step(team, i, t + 4))
+        assert np.array_equal(rest.x(0), expected[0]) and np.array_equal(rest.c, expected[1])
+
+
+def test_state_that_the_optimizer_has_from_before_the_attach_goes_on_in_float32():
+    def stepped(model):
+        optimizer = nesterov(model)
+        loss_of(model, 0, 0).backward()
+        optimizer.step()
+        assert {one["momentum_buffer"].dtype for one in optimizer.state.values()} == {torch.bfloat16}
+        return optimizer
+
+    with Team.of(EASGD(tau=1), 1, stepped, Half) as team:
+        team.run(2, step)
+        states = team.optimizers[0][0].state.values()
+        assert {one["momentum_buffer"].dtype for one in states} == {torch.float32}
+
+
+def test_between_steps_parameters_and_gradients_are_as_the_loop_made_them():
+    with Team.of(EASGD(tau=1), 1, adamw, Half) as team:
+        (model,), ((optimizer,),) = team.models, team.optimizers
+        for t in range(3):
+            loss_of(model, 0, t).backward()
+            before = [parameter.grad for parameter in model.parameters()]
+            optimizer.step()
+            assert all(one.grad is its for one, its in zip(model.parameters(), before, strict=True))
+            assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+            optimizer.zero_grad(set_to_none=t == 1)
+
+
+def test_two_optimizers_that_step_in_turn_leave_the_rest_in_half():
+    def two(model):
+        return sgd(model.body[0]), sgd(model.body[2])
+
+    with Team.of(EASGD(tau=1), 1, two, Half) as team:
+        (model,), ((first, second),) = team.models, team.optimizers
+        for t in range(2):
+            for optimizer in (first, second):
+                loss_of(model, 0, t).backward()
+                optimizer.step()
+        assert team.workers[0].t == 2
+
+
+def test_one_that_joins_computes_with_the_center_rounded():
+    with Team.of(EASGD(tau=1), 1, sgd, Half) as team:
+        team.center.vectors["c"][:] += 0.3
+        team.workers[0].join(0)
+        expected = torch.from_numpy(team.c[:35]).to(torch.bfloat16)
+        assert torch.equal(team.models[0].body[0].weight.flatten(), expected)
+
+
+def test_a_step_with_a_closure_is_refused():
+    with Team.of(EASGD(tau=1), 1, sgd, Half) as team, pytest.raises(Refusal, match=r"^step\(closure\): parameters"):
+        team.optimizers[0][0].step(lambda: loss_of(team.models[0], 0, 0))
+
+
+def test_the_center_in_a_model_is_in_the_models_own_precision():
+    with Team.of(EASGD(tau=1), 1, sgd, Half) as team:
+        team.run(2, step)
+        model = team.workers[0].center_model()
+        assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+        expected = torch.from_numpy(team.c[:35]).to(torch.bfloat16)
+        assert torch.equal(model.body[0].weight.flatten(), expected)
