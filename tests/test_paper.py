@@ -101,7 +101,7 @@ def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 def test_an_experiment_runs_goes_on_and_is_drawn(paper: Any, tmp_path: Path) -> None:
     """PASSM+ against DDP on the digits, a thousandth as long: one run each, then again with nothing left to do."""
-    words = ["passm", "--scale", "0.01", "--seeds", "1", "--tune-cost", "0", "--data", "digits", "--model", "mlp",
+    words = ["passm", "--scale", "0.002", "--seeds", "1", "--tune-cost", "0", "--data", "digits", "--model", "mlp",
              "--out", tmp_path / "runs", "--rows", tmp_path]  # fmt: skip
     done = script("run", *words)
     assert done.returncode == 0, done.stderr
@@ -120,7 +120,7 @@ def test_an_experiment_runs_goes_on_and_is_drawn(paper: Any, tmp_path: Path) -> 
     assert (tmp_path / "paper-passm.png").read_bytes().startswith(b"\x89PNG")
     runs = paper.rows.read(tmp_path, "passm")
     text = "\n".join(paper.make_results.section(paper.experiments["passm"], runs))
-    assert "passm --scale 0.01 --seeds 1 --data digits --model mlp --tune-cost 0\n" in text
+    assert "passm --scale 0.002 --seeds 1 --data digits --model mlp --tune-cost 0\n" in text
     assert "| passm+ lr=0.01 | done | 0.01, momentum=0.9 | 4 |" in text
     assert re.search(r"\| passm\+ takes 1.2 times .* \| not decided \| [\d.]+ times", text)
     assert eventually(lambda: not children())
