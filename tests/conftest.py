@@ -21,9 +21,10 @@ from easgd_local.training import train
 # Files whose tests start processes: none runs beside another one of its group, and only those of "alone" look at the
 # clock.
 GROUPS = {
-    "alone": {"cli", "doctor", "driver", "failures", "run", "stream_turns"},
-    "loops": {"compare", "compare_runs", "cuda_training", "joining", "launching", "simulate_rules", "theory_trainer"},
-    "scripts": {"bench", "examples", "paper"},
+    "alone": {"cli", "doctor", "driver", "failures", "stream_turns"},
+    "runs": {"run"},
+    "loops": {"compare", "compare_runs", "cuda_training", "launching", "simulate_rules", "theory_trainer"},
+    "scripts": {"bench", "examples", "joining", "paper"},
 }
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 

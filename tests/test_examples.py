@@ -108,7 +108,7 @@ def test_the_plain_loop_learns_like_one_process_and_under_torchrun_it_ends_with_
 
 
 def test_the_pictures_are_learnt_across_an_interruption(folder):
-    options = ("--epochs", 3, "--buffers", "recalibrate")
+    options = ("--epochs", 2, "--buffers", "recalibrate")
     process = start(folder, "pictures_amp.py", "--out", "run", *options)
     metrics = folder / "run" / "metrics.jsonl"
     begun = eventually(lambda: metrics.exists() and '"log"' in metrics.read_text(), DEADLINE_S)
@@ -116,7 +116,7 @@ def test_the_pictures_are_learnt_across_an_interruption(folder):
     output = finish(process, code=130)
     assert begun and json.loads((folder / "run" / "summary.json").read_text())["status"] == "interrupted", output
     output = finish(start(folder, "pictures_amp.py", "--resume", "run", *options))
-    assert summary(folder, output)["steps"] == 3 * 8
+    assert summary(folder, output)["steps"] == 2 * 8
     assert number(output, r"test error of the center: ([\d.]+)%") < 50  # four classes: 75 % untrained
 
 

@@ -99,7 +99,15 @@ def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_experiment_runs_goes_on_and_is_drawn(paper: Any, tmp_path: Path) -> None:
+def here(monkeypatch: pytest.MonkeyPatch, module: Any, *words: object) -> None:
+    """The same in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+    module.main()
+
+
+def test_an_experiment_runs_goes_on_and_is_drawn(
+    paper: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """PASSM+ against DDP on the digits, a thousandth as long: one run each, then again with nothing left to do."""
     words = ["passm", "--scale", "0.002", "--seeds", "1", "--tune-cost", "0", "--data", "digits", "--model", "mlp",
              "--out", tmp_path / "runs", "--rows", tmp_path]  # fmt: skip
@@ -110,13 +118,12 @@ def test_an_experiment_runs_goes_on_and_is_drawn(paper: Any, tmp_path: Path) -> 
     for row in rows:
         assert {"date", "commit", "load", "hardware", "versions", "scale", "settings", "curve"} <= set(row)
         assert row["status"] == "done" and not row["trial"] and "data_dir" not in row["settings"]
-    again = script("run", *words)
-    assert again.returncode == 0 and "test error" in done.stdout and "test error" not in again.stdout
+    here(monkeypatch, paper.run, *words)
+    assert "test error" in done.stdout and "test error" not in capsys.readouterr().out
     assert len((tmp_path / "passm.jsonl").read_text().splitlines()) == 3
-    other = script("run", *words, "--data-scale", "0.5")
-    assert other.returncode and "data_scale=0.5: the experiment in" in other.stderr
-    drawn = script("draw", "passm", "--rows", tmp_path, "--out", tmp_path)
-    assert drawn.returncode == 0, drawn.stderr
+    with pytest.raises(SystemExit, match=r"data_scale=0\.5: the experiment in"):
+        here(monkeypatch, paper.run, *words, "--data-scale", "0.5")
+    here(monkeypatch, paper.draw, "passm", "--rows", tmp_path, "--out", tmp_path)
     assert (tmp_path / "paper-passm.png").read_bytes().startswith(b"\x89PNG")
     runs = paper.rows.read(tmp_path, "passm")
     text = "\n".join(paper.make_results.section(paper.experiments["passm"], runs))
