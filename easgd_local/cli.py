@@ -105,6 +105,17 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_argument("rules", metavar="RULE", nargs="+", help=f"the algorithms: {', '.join(RULES)}")
     simulate_command.add_flags(simulate)
     _add_rule_flags(simulate.add_argument_group("the rules"), without="tau")
+    export = commands.add_parser(
+        "export", help="write the center of a run as a file that plain torch loads",
+        usage="easgd-local export RUN [--flag VALUE ...]", argument_default=argparse.SUPPRESS,
+        description="Writes the center as it was at the end of the run in the folder RUN, or in its newest checkpoint.",
+    )  # fmt: skip
+    export.add_argument("run", metavar="RUN", help="the run folder")
+    export.add_argument(
+        "--to", metavar="FILE", help="what to write: .pt or .safetensors, a state dict, or .pt2, a program of "
+        "torch.export with the network in it (default center.pt in RUN)"
+    )  # fmt: skip
+    export.add_argument("--step", type=_whole, metavar="N", help="the checkpoint of this step instead of the newest")
     doctor = commands.add_parser(
         "doctor", help="say what this machine can do", usage="easgd-local doctor [--flag VALUE ...]",
         description="Looks at processor, memory and GPUs, and times one step and one exchange of a model.",
@@ -119,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 the run failed, 2 bad usage, 130 interrupted."""
     arguments = vars(parser().parse_args(argv))
     commands: dict[str, Callable[[dict[str, Any]], int]] = {
-        "train": _train, "compare": _compare, "doctor": _doctor,
+        "train": _train, "compare": _compare, "doctor": _doctor, "export": _export,
         "theory": partial(_draw, theory_command.execute), "simulate": partial(_draw, simulate_command.execute),
     }  # fmt: skip
     return commands[arguments.pop("command")](arguments)
@@ -134,6 +145,24 @@ def _doctor(arguments: dict[str, Any]) -> int:
     except (ValueError, MemoryError) as error:
         _complain(str(error) or "there is not enough memory for this; choose a smaller model.")
         return USAGE
+    return DONE
+
+
+def _export(arguments: dict[str, Any]) -> int:
+    try:
+        with _leaving_at_once():
+            from easgd_local.export import export
+        for line in export(**arguments):
+            print(line, flush=True)
+    except ValueError as error:
+        _complain(str(error))
+        return USAGE
+    except OSError as error:
+        _complain(f"{error.filename}: cannot be written ({error.strerror}); give another --to.")
+        return FAILED
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing has been written.")
+        return INTERRUPTED
     return DONE
 
 
@@ -315,8 +344,10 @@ def _sentence(message: str, parser: argparse.ArgumentParser) -> str:
             return f"{name}: a value must follow; one that begins with a minus is written {name}=VALUE."
         case "invalid choice":
             wrong = value.partition(" (choose")[0].strip("'")
-            known = next(action.choices for action in parser._actions if action.metavar == name)
-            return f"{name}={wrong}: must be one of {', '.join(known or ())}; {see}."
+            known = next(action.choices for action in parser._actions if action.metavar == name) or ()
+            near = get_close_matches(wrong, list(known), n=1)
+            hint = f", did you mean {near[0]}" if near else ""
+            return f"{name}={wrong}: must be one of {', '.join(known)}{hint}; {see}."
     if what.startswith("ignored explicit argument"):
         return f"{name}: takes no value; write {name} alone."
     return message.removeprefix("argument ")

@@ -101,26 +101,27 @@ def lock(folder: Path, undo: contextlib.ExitStack) -> int:
     return fd
 
 
-def saved_config(folder: Path) -> Config:
-    """The configuration of an earlier run of the built-in loop; `ValueError` if the folder holds none."""
-    return _read(folder, Config.from_json)
+def saved_config(folder: Path, asked: str = "resume") -> Config:
+    """The configuration of an earlier run of the built-in loop; `ValueError` if the folder, given as the argument
+    `asked`, holds none."""
+    return _read(folder, Config.from_json, asked)
 
 
-def saved_values(folder: Path) -> dict[str, Any]:
+def saved_values(folder: Path, asked: str = "resume") -> dict[str, Any]:
     """The configuration of an earlier run, as JSON holds it; `ValueError` if the folder holds none."""
-    return _read(folder, dict)
+    return _read(folder, dict, asked)
 
 
-def _read(folder: Path, made: Callable[[Any], T]) -> T:
+def _read(folder: Path, made: Callable[[Any], T], asked: str) -> T:
     path = folder / "config.json"
     try:
         return made(json.loads(path.read_text())["config"])
     except OSError as error:
         raise ValueError(
-            f"resume={folder}: no run is there ({path.name}: {error.strerror}); name the folder of an earlier run."
+            f"{asked}={folder}: no run is there ({path.name}: {error.strerror}); name the folder of an earlier run."
         ) from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
-            f"resume={folder}: its {path.name} is damaged or was written by another version ({type(error).__name__}: "
+            f"{asked}={folder}: its {path.name} is damaged or was written by another version ({type(error).__name__}: "
             f"{error}); restore it, or start a new run."
         ) from error

@@ -112,8 +112,8 @@ def accepted(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
 
 
 @pytest.mark.parametrize("line, sentence", [
-    ("", "COMMAND is missing: give one of train, compare, theory, simulate, doctor; see easgd-local --help."),
-    ("trian easgd", "COMMAND=trian: must be one of train, compare, theory, simulate, doctor; see easgd-local --help."),
+    ("", "COMMAND is missing: give one of train, compare, theory, simulate, export, doctor; see easgd-local --help."),
+    ("trian easgd", "COMMAND=trian: must be one of .* doctor, did you mean train; see easgd-local --help."),
     ("train", "RULE is missing: give the algorithm: easgd, eamsgd, .*; see easgd-local train --help."),
     ("train --tau 3", "RULE is missing"),
     ("train easgdd", r"rule=easgdd: the rules are easgd, .*; did you mean easgd\?"),

@@ -25,7 +25,7 @@ LAYERS = (
     ("easgd_local", "__main__"),  # the package itself only says, when asked, where its names live
     ("cli",),
     ("compare.*",),
-    ("training", "joining", "doctor"),
+    ("training", "joining", "doctor", "export"),
     ("launching",),
     ("prepare", "looprun"),
     ("run",),
