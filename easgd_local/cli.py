@@ -230,6 +230,12 @@ def _train(arguments: dict[str, Any]) -> int:
         with view.open_view(console) as live:
             try:
                 summary = Training(prepared, [live]).execute()
+            except (ConnectionError, ProcessLookupError):
+                _complain(
+                    f"{prepared.plan.folder}: a process of the run was killed while it started; see logs/ there, and "
+                    f"start it again."
+                )
+                return FAILED
             except OSError as error:
                 _complain(
                     f"{prepared.plan.folder}: the run folder cannot be written to ({error.strerror}); make room, and "

@@ -40,13 +40,17 @@ def examine(*, model: str, data: str, workers: int, tau: int, batch_size: int) -
     """The machine first, then GPUs and what they need, then the exchange of this model, measured on the CPU and, where
     there is a GPU that can be used, there too."""
     yield from machine(workers)
-    yield from graphics()
+    said = []
+    for one in graphics():
+        said.append(one.remedy)
+        yield one
     measured = {"model": model, "data": data, "workers": workers, "tau": tau, "batch_size": batch_size}
     yield from exchange(**measured)  # type: ignore[arg-type]
     try:
         found = find("cuda")
     except ValueError as error:
-        yield Finding("So", "`train` and `launch` run on the CPU here", str(error))
+        news = "" if any(remedy and remedy in str(error) for remedy in said) else str(error)
+        yield Finding("So", "`train` and `launch` run on the CPU here", news)
         return
     assert found is not None
     yield from ask(partial(exchange_on_gpu, found, **measured))  # type: ignore[arg-type]

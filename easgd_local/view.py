@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from easgd_local import checkpoint
 from easgd_local.metrics import Event
 from easgd_local.wording import (
     best,
@@ -323,6 +324,8 @@ def summary_table(
     if folder is not None:
         if summary.get("status") == "interrupted":
             go_on = go_on or f"easgd-local train {summary.get('rule')} --resume {folder}"
+            if not checkpoint.steps(Path(folder)):
+                go_on = "nothing: it was stopped before there was a checkpoint"
             parts.append(Text(f"{'go on with':<11} {go_on}", overflow="fold"))
         parts.append(Text(f"curves      {Path(folder) / 'curves.png'}", overflow="fold"))
         parts.append(Text(f"run folder  {folder}", overflow="fold"))

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -623,6 +623,21 @@ def test_flags_reach_the_configuration(accepted: Callable[..., Any]) -> None:
     plan = prepared["plan"]
     assert (plan.layout.workers, plan.calendar.tau, plan.calendar.steps, plan.threads, plan.seed) == (3, 7, 31, 2, 11)
     assert np.isclose(plan.rule.moving_rate(3), 0.0075)
+
+
+def test_a_process_killed_while_it_starts_is_not_called_a_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Any) -> NoReturn:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", killed)
+    assert cli.main(["train", "easgd", "--workers", "1", "--steps", "3", "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said == (
+        f"easgd-local: error: {tmp_path}/run: a process of the run was killed while it started; see logs/ there, and "
+        "start it again.\n"
+    )
 
 
 def test_a_full_disk_is_told_in_one_sentence(

@@ -84,7 +84,7 @@ def test_the_command_prints_it_all_and_ends_with_what_will_run(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("processor ") and re.search(r"\d cores for 1 workers", lines[0])
     assert any(re.match(r"exchange +\d+\.\d+ ms on the CPU, \d", line) for line in lines)
-    assert re.match("So +`train` and `launch` run on the CPU here  -> device=cuda: NVIDIA's driver was not", lines[-1])
+    assert lines[-1] == "So          `train` and `launch` run on the CPU here"
 
 
 @pytest.mark.parametrize(("flags", "sentence"), [

@@ -223,6 +223,17 @@ def test_the_summary_fits_and_shows_where_the_picture_is(width):
         assert words in text
 
 
+def test_how_to_go_on_with_an_interrupted_run_is_said_where_there_is_a_checkpoint(tmp_path):
+    def shown():
+        file = io.StringIO()
+        Console(file=file, width=500).print(summary_table({**SUMMARY, "status": "interrupted"}, tmp_path))
+        return next(line for line in file.getvalue().splitlines() if line.startswith("go on with "))
+
+    assert shown() == "go on with  nothing: it was stopped before there was a checkpoint"
+    (tmp_path / "checkpoints" / "step-00000012").mkdir(parents=True)
+    assert shown() == f"go on with  easgd-local train {SUMMARY['rule']} --resume {tmp_path}"
+
+
 def test_an_empty_summary_is_not_known():
     file = io.StringIO()
     Console(file=file, width=80).print(summary_table({}))
