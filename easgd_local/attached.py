@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
+import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -51,7 +54,7 @@ class Proposal:
     entries: tuple[Entry, ...]
     n: int
     parameters: int
-    dtype: torch.dtype
+    dtypes: tuple[str, ...]  # of the entries' tensors
     t: int
     naming: Naming
 
@@ -96,6 +99,8 @@ class Attached(Visitor):
         self._flat, self._attachment, self._conn = flat, attachment, conn
         self._parameters = [id(one) for one in attachment.model.parameters()]
         self._stepped: set[int] = set()  # the optimizers that have made their part of the step under way
+        self._stepping: dict[int, FrameType] = {}  # those that are in their step: the call that torch's hooks surround
+        self._owned = owned(attachment.optimizers)
         self._between_t = -1  # the clock whose boundary has been seen
         self._noted: dict[str, Any] | None = None
         self._random: dict[str, Any] | None = None  # to be restored before the next batch
@@ -117,6 +122,8 @@ class Attached(Visitor):
         for optimizer in self._attachment.optimizers:
             if self._flat.halves:
                 _keep_in_float32(optimizer)
+                optimizer.register_load_state_dict_pre_hook(self._lift)
+                optimizer.register_load_state_dict_post_hook(self._lower)
             optimizer.register_step_pre_hook(self._optimizer_steps)
             optimizer.register_step_post_hook(self._optimizer_has_stepped)
 
@@ -145,25 +152,52 @@ class Attached(Visitor):
     # The step
 
     def _optimizer_steps(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _is_skipped(optimizer):
+        if self._is_within_step(optimizer):
             return
-        if not self._stepped:
-            self.before_step()
-        if self._flat.halves and (len(args) > 1 or kwargs.get("closure") is not None):  # args begin with the optimizer
+        self._stepping[id(optimizer)] = sys._getframe(1)
+        self._flat.halves.lower(self._owned)  # after a step that ended by an exception
+        self._adopt()
+        if self._flat.halves and (args[1:2] or (kwargs.get("closure"),))[0] is not None:  # args[0] is the optimizer
             raise Refusal(
                 "step(closure): parameters in half precision are float32 while the optimizer steps, so that no forward "
                 "pass can be made meanwhile; call model.float(), or compute the loss before step()."
             )
-        self._flat.halves.lift(owned([optimizer]))
+        if not _is_skipped(optimizer) and not self._stepped:
+            self.before_step()
+        self._lift(optimizer)
 
     def _optimizer_has_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._stepping.get(id(optimizer)) is not sys._getframe(1):
+            return
+        del self._stepping[id(optimizer)]
+        self._lower(optimizer)
         if _is_skipped(optimizer):
             return
-        self._flat.halves.lower()
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._attachment.optimizers):
             self._stepped.clear()
             self.after_step()
+
+    def _is_within_step(self, optimizer: Optimizer) -> bool:
+        """Whether this is the step of a base class, which a step of the same optimizer has called: torch calls the
+        hooks for both. One that ended by an exception is no longer among the callers."""
+        outer = self._stepping.get(id(optimizer))
+        frame = None if outer is None else sys._getframe(1)
+        while frame is not None and frame is not outer:
+            frame = frame.f_back
+        return frame is not None
+
+    def _adopt(self) -> None:
+        """What the loop has written to parameters in half precision, as it may to those in float32, is in x."""
+        if self._flat.halves:
+            self._place.touch([self.x], [self.x])
+            self._flat.halves.adopt()
+
+    def _lift(self, optimizer: Optimizer, state_dict: Any = None) -> None:
+        self._flat.halves.lift(owned([optimizer]))
+
+    def _lower(self, optimizer: Optimizer) -> None:
+        self._flat.halves.lower(owned([optimizer]))
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -261,6 +295,7 @@ class Attached(Visitor):
 
     def between_steps(self, *, ends: bool = False) -> None:
         """Nothing of step t has begun: its batch has not been drawn yet, or it never begins."""
+        self._flat.halves.lower(self._owned)  # after a step that ended by an exception
         if self._between_t == self.t:
             return
         self._between_t, self._noted = self.t, None
@@ -277,6 +312,7 @@ class Attached(Visitor):
         but its buffers, which on the CPU are exchanged as the forward pass leaves them."""
         beside = self._plan.graphics is not None and not self._rule.replaces and self._ahead is None
         if beside and not self._has_buffers and self.t % self._rule.period == 0:
+            self._adopt()
             self._ahead = (self.t, self._rule.meet(self))
 
     def _boundary_in_step(self) -> None:
@@ -343,6 +379,7 @@ class Attached(Visitor):
     def state(self) -> dict[str, Any]:
         """All that belongs to this worker between two steps; the shared vectors are the center's."""
         passing = self._noted or self._passing_state()
+        self._adopt()
         kept = {name: torch.from_numpy(self._place.host(value).copy()) for name, value in self._kept.items()}
         kept["x"][self._buffers] = passing["buffers"]
         return {
@@ -378,10 +415,10 @@ class Attached(Visitor):
             self._place.load(value, state["kept"][name].numpy())
         self._attachment.model.load_state_dict(state["own"], strict=False)
         self._bind()
-        self._flat.halves.lift(owned(self._attachment.optimizers))  # or what is saved would be rounded
+        self._flat.halves.lift(self._owned)  # or what is saved would be rounded
         for one, saved in zip(self._attachment.optimizers, state["optimizers"], strict=True):
             one.load_state_dict(saved)
-        self._flat.halves.lower()
+        self._flat.halves.lower(self._owned)
         for one, saved in zip(self._attachment.stateful, state["stateful"], strict=True):
             one.load_state_dict(saved)
         self._attachment.positions.restore(state["positions"])
@@ -422,7 +459,8 @@ class Attached(Visitor):
         model = self.center_model(values)
         with seeded(seed_of(self._plan.seed, t)):  # whoever evaluates, wherever it holds
             if attachment.calibrate_on is not None:
-                recalibrate(model, attachment.calibrate_on)
+                with self._failing("calibrate_on"):
+                    recalibrate(model, attachment.calibrate_on)
             scores = self._scores(model) if attachment.evaluate else {}
         buffers = self._flat.of(model).values()[self._buffers]
         self._post("evaluated", scores, buffers, time.perf_counter() - began)
@@ -430,10 +468,17 @@ class Attached(Visitor):
     @torch.no_grad()
     def _scores(self, model: nn.Module) -> dict[str, float]:
         assert self._attachment.evaluate is not None
+        scores: dict[str, float] = {}
+        with self._failing("evaluate"):
+            scores = numbers(self._attachment.evaluate(model.eval()), "evaluate")
+        return scores
+
+    @contextlib.contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
         try:
-            return numbers(self._attachment.evaluate(model.eval()), "evaluate")
+            yield
         except Exception as error:
-            text = str(error) if isinstance(error, Refusal) else f"evaluate: raised {type(error).__name__}: {error}."
+            text = str(error) if isinstance(error, Refusal) else f"{what}: raised {type(error).__name__}: {error}."
             traceback.print_exc()
             # The loop may catch exceptions around its step, so the launcher is told here.
             self._post("failed evaluation", text, traceback.format_exc())

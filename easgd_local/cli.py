@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 from easgd_local import __version__
 from easgd_local.compare import command as compare_command
+from easgd_local.compare.rivals import RIVALS
 from easgd_local.compare.settings import COMMON, OTHERWISE
 from easgd_local.config import CHOICES, WORKERS, Config, refuse_change
 from easgd_local.rules import RULES, rule_class
@@ -280,6 +281,11 @@ def make_config(arguments: dict[str, Any]) -> Config:
 
 def _hyperparameters(arguments: dict[str, Any]) -> tuple[type[Rule], dict[str, Any]]:
     """The rule, and the given flags that are its own; `ValueError` for one that only other rules have."""
+    if arguments["rule"] in RIVALS:
+        raise ValueError(
+            f"rule={arguments['rule']}: is PyTorch's own way and no rule; compare rules with it: easgd-local compare "
+            f"eamsgd {arguments['rule']}."
+        )
     rule = rule_class(arguments["rule"])
     given = {name: value for name, value in arguments.items() if name in _rule_fields()}
     for name, value in given.items():

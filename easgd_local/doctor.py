@@ -47,12 +47,11 @@ def examine(*, model: str, data: str, workers: int, tau: int, batch_size: int) -
     measured = {"model": model, "data": data, "workers": workers, "tau": tau, "batch_size": batch_size}
     yield from exchange(**measured)  # type: ignore[arg-type]
     try:
-        found = find("cuda")
+        found = find()
     except ValueError as error:
         news = "" if any(remedy and remedy in str(error) for remedy in said) else str(error)
         yield Finding("So", "`train` and `launch` run on the CPU here", news)
         return
-    assert found is not None
     yield from ask(partial(exchange_on_gpu, found, **measured))  # type: ignore[arg-type]
     yield Finding("So", f"`--device cuda` uses {device_name(found)}", UNTRIED)
 

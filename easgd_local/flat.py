@@ -113,6 +113,7 @@ class Flat:
         self.n = _aligned(stop)
         self.parameters = sum(tensor.numel() for _, tensor in trained + frozen)
         self.buffers = slice(_aligned(max(e.stop for e in self.entries if not e.is_buffer)), self.n)
+        self.dtypes = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in self._tensors)
         self._find_halves()
 
     def _find_halves(self) -> None:

@@ -62,8 +62,14 @@ def failed(one: Child, cause: str | None) -> Exception:
 def check_alike(first: Proposal, other: Proposal, rank: int) -> None:
     """`ValueError` that names the first difference between what two workers attach."""
     _check_models(first.entries, other.entries, rank)
+    for entry, ours, theirs in zip(first.entries, first.dtypes, other.dtypes, strict=True):
+        if ours != theirs:
+            raise ValueError(
+                f"model: {entry.name} is {ours} in worker 0 and {theirs} in worker {rank}; build the same model in "
+                f"every worker."
+            )
     for one in fields(Proposal):
-        if one.name in ("entries", "naming"):
+        if one.name in ("entries", "dtypes", "naming"):
             continue
         theirs, ours = getattr(other, one.name), getattr(first, one.name)
         if theirs != ours:

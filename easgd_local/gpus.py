@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from easgd_local import hardware
 from easgd_local.graphics import Graphics, look
 from easgd_local.launcher import ChildDied, ask
 from easgd_local.stream_turns import DEPTH
@@ -11,13 +12,22 @@ UNTRIED = "Training on GPUs has been tested on a pretended driver only; --device
 MPS = "MPS is active, with which easgd_local has never been tried; if a run hangs, stop the MPS daemon."
 
 
-def find(device: str) -> Graphics | None:
-    """The GPUs of this machine for device=cuda, looked for in a process of their own; None for another device.
+def chosen(device: str, exchange: str) -> tuple[Graphics | None, list[str]]:
+    """The GPUs that a run uses, None on the CPU, and what is to be said of that.
 
-    Raises `ValueError` with one sentence for what is missing.
+    Raises `ValueError` with one sentence for what is missing or does not fit.
     """
-    if device != "cuda":
-        return None
+    if device == "cuda":
+        found = find()
+        return found, [UNTRIED, *([MPS] if found.mps else [])]
+    if exchange != "auto":
+        raise ValueError(f"exchange={exchange}: says how a GPU reaches the center, but device={device}; leave it out.")
+    gpus = hardware.gpus() if device == "auto" else []
+    return None, [f"{', '.join(gpus)} found and not used. {UNTRIED}"] if gpus else []
+
+
+def find() -> Graphics:
+    """The GPUs of this machine, looked for in a process of their own; `ValueError` for what is missing."""
     try:
         found: Graphics = ask(look)
     except ChildDied as error:
@@ -26,11 +36,6 @@ def find(device: str) -> Graphics | None:
             f"work; see what nvidia-smi says, or use --device cpu."
         ) from error
     return found
-
-
-def notes(graphics: Graphics | None) -> list[str]:
-    """What is to be said of a run on these GPUs."""
-    return [] if graphics is None else [UNTRIED, *([MPS] if graphics.mps else [])]
 
 
 def exchanging(graphics: Graphics | None, exchange: str, plan: Plan, own_vectors: int) -> Graphics | None:

@@ -33,7 +33,8 @@ class Halves:
     def __init__(self, tensors: Sequence[tuple[Entry, Tensor]], n: int) -> None:
         self._tensors, self._n = tensors, n
         self.kind = tensors[0][1].dtype if tensors else torch.float32
-        self._lifted: dict[int, Tensor | None] = {}  # the gradients in half precision of those that are float32 now
+        # Of the parameters that are float32 now: the gradient, and that in float32 with its version when it was made.
+        self._lifted: dict[int, tuple[Tensor | None, Tensor | None, int]] = {}
         for entry, tensor in tensors:
             if tensor.dtype != self.kind:
                 raise ValueError(
@@ -48,6 +49,9 @@ class Halves:
         """The model computes with x (float32[n]), rounded, from now on."""
         if self:
             self._x, self._numbers = x, torch.empty(self._n, dtype=self.kind, device=x.device)
+            self._ours = torch.zeros(self._n, dtype=torch.bool, device=x.device)
+            for entry, _ in self._tensors:
+                self._ours[entry.start : entry.stop] = True
             self.round()
         for entry, tensor in self._tensors:
             tensor.data = entry.of(self._numbers)
@@ -65,6 +69,13 @@ class Halves:
         """p <- round(x): x has moved."""
         if self:
             self._numbers.copy_(self._x)
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """x <- p where p is no longer x rounded: somebody has written to the parameters."""
+        if self:
+            written = self._numbers.ne(self._x.to(self.kind)) & self._ours
+            self._x.copy_(torch.where(written, self._numbers.float(), self._x))
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -85,20 +96,26 @@ class Halves:
         """Until `lower` the parameters of these identities are float32 and lie in x, and their gradients are float32:
         for the step of an optimizer, which then moves x and keeps its state in float32."""
         for entry, tensor in self._tensors:
-            if id(tensor) in chosen:
-                grad = self._lifted[id(tensor)] = tensor.grad
+            if id(tensor) in chosen and id(tensor) not in self._lifted:
+                grad = tensor.grad
                 tensor.grad = None  # as it would be of another type than the parameter
                 tensor.data = entry.of(self._x)
-                tensor.grad = None if grad is None else grad.float()
+                tensor.grad = wide = None if grad is None else grad.float()
+                self._lifted[id(tensor)] = grad, wide, 0 if wide is None else wide._version
 
-    def lower(self) -> None:
-        """They lie in `numbers` again, x rounded, with the gradients that they had."""
+    def lower(self, chosen: Set[int]) -> None:
+        """They lie in `numbers` again, x rounded, with the gradients that they had, or what has become of these."""
+        if not self._lifted:
+            return
         self.round()
         for entry, tensor in self._tensors:
-            if id(tensor) in self._lifted:
+            if id(tensor) in chosen and id(tensor) in self._lifted:
+                (grad, wide, version), now = self._lifted.pop(id(tensor)), tensor.grad
                 tensor.grad = None
                 tensor.data = entry.of(self._numbers)
-                tensor.grad = self._lifted.pop(id(tensor))
+                if now is not None:
+                    untouched = wide is not None and now is wide and wide._version == version
+                    tensor.grad = grad if untouched else now.to(self.kind)
 
 
 def narrow(model: nn.Module, kind: torch.dtype) -> nn.Module:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
 from easgd_local import checkpoint, child, hardware, hosted
@@ -21,7 +20,7 @@ from easgd_local.centers import CenterState
 from easgd_local.config import MAX_STEPS, WORKERS, check_choices, check_limits
 from easgd_local.faults import Fault
 from easgd_local.gathering import fill, gather
-from easgd_local.gpus import exchanging, find, notes
+from easgd_local.gpus import chosen, exchanging
 from easgd_local.graphics import Graphics, device_name
 from easgd_local.launcher import Child, Launcher, warm_up
 from easgd_local.looprun import Gathered, LoopRun
@@ -35,7 +34,7 @@ from easgd_local.view import Lines, Screen, open_view, summary_table
 from easgd_local.visitor import Plan, Start
 
 REPORT_EVERY = 10  # steps; slow workers report at least every two seconds
-FIXED = ("seed", "threads", "rule", "turns", "buffers", "optimizer_state", "block_bytes")  # in a resumed run
+FIXED = ("seed", "threads", "rule", "turns", "buffers", "optimizer_state", "block_bytes", "dtype")  # in a resumed run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,7 @@ class LaunchConfig:
     fn: str
     workers: int = WORKERS
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    exchange: Literal["auto", "overlap", "inline", "zerocopy"] = "auto"
     out: str | None = None
     seed: int = 0
     threads: int | None = None
@@ -95,9 +95,9 @@ class Agreed:
 
 def launch(
     fn: Callable[..., object], *, workers: int = WORKERS, args: tuple[Any, ...] = (), device: str = "auto",
-    out: str | Path | None = None, resume: str | Path | None = None, seed: int = 0, threads: int | None = None,
-    checkpoint_every: int = 0, keep: int = 3, on_failure: str = "continue", tensorboard: bool = False,
-    view: bool = True, listeners: Sequence[Listener] = (), faults: tuple[Fault, ...] = (),
+    exchange: str = "auto", out: str | Path | None = None, resume: str | Path | None = None, seed: int = 0,
+    threads: int | None = None, checkpoint_every: int = 0, keep: int = 3, on_failure: str = "continue",
+    tensorboard: bool = False, view: bool = True, listeners: Sequence[Listener] = (), faults: tuple[Fault, ...] = (),
 ) -> CenterState:  # fmt: skip
     """Runs `fn(worker, *args)` in `workers` processes around one center; returns the center's state dict.
 
@@ -106,6 +106,7 @@ def launch(
     args: a tuple handed on to fn; must be picklable.
     device: "cpu" or "cuda": workers compute on the GPUs of the machine in turn, several on one if need be; "auto" is
     the CPU. On a GPU the loop's work belongs on the stream that is current when `fn` begins.
+    exchange: how a GPU reaches the center, "overlap", "inline" or "zerocopy"; "auto" is what suits the model.
     out: the run folder, default runs/<time>-<script>; there are metrics.jsonl, summary.json, report.md, curves.png,
     center.safetensors and what the workers print, in logs/. The result's attribute `folder` names it.
     resume: the folder of an interrupted run, or one whose loop is to be longer now, to go on with: `attach` then
@@ -132,21 +133,22 @@ def launch(
     if out is not None and resume is not None:
         raise ValueError(f"out={out} and resume={resume}: a resumed run stays in its folder; leave out away.")
     job = hosted.job_of(fn, args)
-    options: dict[str, Any] = {"device": device, "on_failure": on_failure, "out": None if out is None else str(out)}
+    options: dict[str, Any] = {"on_failure": on_failure, "out": None if out is None else str(out)}
+    options |= {"device": device, "exchange": exchange}
     config = LaunchConfig(
         fn=job.name, workers=workers, seed=seed, threads=threads, checkpoint_every=checkpoint_every, keep=keep,
         tensorboard=tensorboard, faults=faults, **options,
     )  # fmt: skip
     run = None if resume is None else Path(resume)
     warm_up("easgd_local.preload_loop")
-    graphics = find(config.device)
+    graphics, said = chosen(config.device, config.exchange)
     with contextlib.ExitStack() as ends:
         with signals(signal.default_int_handler):  # SIGTERM is a Ctrl-C, so that nothing is left behind
             folder = ends.enter_context(run_folder(config, job.label, run))
             launcher = ends.enter_context(Launcher(folder / "logs"))
             start = partial(_start, launcher, job, config, graphics)
             children = [start(rank) for rank in range(config.workers)]
-            gathered = ends.enter_context(prepare(config, folder, run, launcher, children, start, graphics))
+            gathered = ends.enter_context(prepare(config, folder, run, launcher, children, start, graphics, said))
         live = view_of(view)
         outcome = conduct(LoopRun(gathered, launcher, [*([live] if live else []), *listeners]), live)
     if isinstance(outcome, BaseException):
@@ -185,20 +187,20 @@ def run_folder(config: LaunchConfig, label: str, resume: Path | None) -> Iterato
 @contextlib.contextmanager
 def prepare(
     config: LaunchConfig, folder: Path, resume: Path | None, launcher: Launcher, children: list[Child],
-    start_again: Callable[[int], Child], graphics: Graphics | None = None,
+    start_again: Callable[[int], Child], graphics: Graphics | None = None, said: Sequence[str] = (),
 ) -> Iterator[Gathered]:  # fmt: skip
     """Waits until all workers have attached, creates the center, fills it; frees it in the end."""
     found = None if resume is None else checkpoint.newest(resume)
     proposal = gather(launcher, children)[0]
     agreed, plan = Agreed(config, _terms(proposal)), _plan(config, proposal, folder)
-    halved = proposal.dtype != torch.float32  # numbers of 2 bytes, and gradients of 4 while an optimizer steps
+    halved = _dtype(proposal) != "float32"  # numbers of 2 bytes, and gradients of 4 while an optimizer steps
     own_vectors = 1 + halved + len(plan.rule.over_local) + len(plan.rule.over_scratch)
-    plan = replace(plan, graphics=exchanging(graphics, "auto", plan, own_vectors))
+    plan = replace(plan, graphics=exchanging(graphics, config.exchange, plan, own_vectors))
     if found is not None:
         _check_same(found[1].config, agreed.to_json(), folder)
         _check_same(saved_values(folder), agreed.to_json(), folder)
     check_room(plan, 0 if graphics else own_vectors)
-    warnings = [*notes(graphics), *plan.rule.warnings(config.workers, turns=plan.turns)]
+    warnings = [*said, *plan.rule.warnings(config.workers, turns=plan.turns)]
     with Center.create(plan.layout) as center:
         filler, t, seconds = 0, proposal.t, 0.0
         starts = {rank: Start(t) for rank in range(config.workers)}
@@ -241,8 +243,13 @@ def view_of(wanted: bool) -> Screen | Lines | None:
 def _terms(proposal: Proposal) -> dict[str, Any]:
     """What the workers agreed on, for config.json."""
     names = ("turns", "buffers", "optimizer_state", "evaluate_every", "block_bytes", "model")
-    terms = {n: getattr(proposal, n) for n in names} | {"dtype": str(proposal.dtype).removeprefix("torch.")}
+    terms = {n: getattr(proposal, n) for n in names} | {"dtype": _dtype(proposal)}
     return {"rule": {"name": proposal.rule.name} | asdict(proposal.rule)} | terms
+
+
+def _dtype(proposal: Proposal) -> str:
+    """The half precision of some of the parameters, or float32."""
+    return next((one for one in proposal.dtypes if one != "float32"), "float32")
 
 
 def _plan(config: LaunchConfig, proposal: Proposal, folder: Path) -> Plan:
@@ -265,7 +272,9 @@ def _plan(config: LaunchConfig, proposal: Proposal, folder: Path) -> Plan:
 
 def _effective(plan: Plan) -> dict[str, Any]:
     """What the configuration leaves open, as it was decided."""
-    return {"threads": plan.threads, "device": device_name(plan.graphics), **plan.rule.derived(plan.layout.workers)}
+    ways = {} if plan.graphics is None else {"words": plan.graphics.words, "exchange": plan.graphics.exchange}
+    device = {"device": device_name(plan.graphics), **ways}
+    return {"threads": plan.threads, **device, **plan.rule.derived(plan.layout.workers)}
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:

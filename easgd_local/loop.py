@@ -126,7 +126,7 @@ class LoopWorker:
             rule=rule, turns=turns or rule.orders[0], buffers=buffers,
             evaluates=evaluate is not None or calibrate_on is not None, evaluate_every=evaluate_every,
             block_bytes=block_bytes, optimizer_state=optimizer_state, model=type(plain).__name__,
-            entries=tuple(flat.entries), n=flat.n, parameters=flat.parameters, dtype=flat.halves.kind,
+            entries=tuple(flat.entries), n=flat.n, parameters=flat.parameters, dtypes=flat.dtypes,
             t=self._state["t"] if self._state else 0, naming=flat.naming(),
         )  # fmt: skip
         self._meet_the_others(proposal, flat, attachment)

@@ -19,7 +19,7 @@ from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
 from easgd_local.curvature import start_curvature
 from easgd_local.data import Dataset, MemorySplit
 from easgd_local.flat import Flat
-from easgd_local.gpus import UNTRIED, exchanging, find, notes
+from easgd_local.gpus import chosen, exchanging
 from easgd_local.gradient import Computing
 from easgd_local.graphics import Graphics, device_name
 from easgd_local.outset import check_room, copy_center, restore, set_turns, shared_names
@@ -94,14 +94,15 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
     agree with that run's; its config.json then says what holds from here on. Raises `ValueError` or `MemoryError` with
     one sentence; nothing is left behind then.
     """
-    graphics, notes = _graphics(config)
+    _check_gpu_flags(config)
+    graphics, said = chosen(config.device, config.exchange)
     _check_tensorboard(config)
     with contextlib.ExitStack() as undo:
         lock_fd = -1 if resume is None else lock(resume, undo)  # first: a run in progress moves its checkpoints
         manifest = None if resume is None else _checked_checkpoint(config, resume)
         dataset = dataset or load(config)
         plan, warnings = _plan(config, dataset, graphics)
-        warnings = notes + warnings
+        warnings = said + warnings
         if resume is not None and manifest is not None:
             _check_work_left(config, plan.calendar.steps, manifest.t, resume)
         plan.sampler(0, len(dataset.train))  # says so when there are too few samples
@@ -179,20 +180,10 @@ def _check_tensorboard(config: Config) -> None:
         )
 
 
-def _graphics(config: Config) -> tuple[Graphics | None, list[str]]:
-    """The GPUs that the run uses, None on the CPU, and what is to be said of them."""
-    if config.device == "cuda":
-        found = find("cuda")
-        return found, notes(found)
+def _check_gpu_flags(config: Config) -> None:
     for name in ("tf32", "nondeterministic"):
-        if getattr(config, name):
+        if getattr(config, name) and config.device != "cuda":
             raise ValueError(f"{name}=True: says how a GPU computes, but device={config.device}; leave it out.")
-    if config.exchange != "auto":
-        raise ValueError(
-            f"exchange={config.exchange}: says how a GPU reaches the center, but device={config.device}; leave it out."
-        )
-    gpus = hardware.gpus() if config.device == "auto" else []
-    return None, [f"{', '.join(gpus)} found and not used. {UNTRIED}"] if gpus else []
 
 
 def _fits_on_device(dataset: Dataset, graphics: Graphics | None, workers: int) -> bool:

@@ -224,6 +224,14 @@ def bad_evaluation(worker: LoopWorker) -> None:
     worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD(), evaluate=lambda model: model(1))
 
 
+def bad_calibration(worker: LoopWorker) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    worker.attach(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD(), buffers="recalibrate",
+        calibrate_on=[torch.ones(2, 5)],
+    )  # fmt: skip
+
+
 def exits(worker: LoopWorker) -> None:
     sys.exit(3)
 

@@ -192,6 +192,7 @@ def test_flags_cannot_be_abbreviated(refused: Refused) -> None:
     ("easgd --checkpoint-every -1", "checkpoint_every=-1: must be at least 0"),
     ("easgd --block-bytes 3", "block_bytes=3: must be at least 64"),
     ("easgd --turns loose", "turns=loose: must be one of strict, free"),
+    ("ddp", "rule=ddp: is PyTorch's own way and no rule; compare rules with it: easgd-local compare eamsgd ddp."),
     ("easgd --precision fp8", "precision=fp8: must be one of fp32, bf16, fp16, bf16-true, fp16-true"),
     ("easgd --sampling all", "sampling=all: must be one of shard, independent"),
     ("easgd --buffers local", "buffers=local: must be one of average, recalibrate"),

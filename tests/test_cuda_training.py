@@ -175,6 +175,16 @@ def test_a_model_of_every_sort_interrupted_and_resumed_ends_with_the_bits_of_the
     assert rest.summary["center_sha256"] == whole.summary["center_sha256"]
 
 
+@pytest.mark.parametrize("exchange", ["inline", "zerocopy"])
+def test_a_loop_of_ones_own_exchanges_as_it_is_told(exchange: str, launch: Any, slow: None) -> None:
+    loop = functools.partial(loops.bare, rule=EASGD(tau=2))
+    on_cpu, on_gpu = launch(loop, 1), launch(loop, 1, device="cuda", exchange=exchange)
+    assert on_gpu.summary["center_sha256"] == on_cpu.summary["center_sha256"]
+    assert config_of(on_gpu.summary | {"folder": str(on_gpu.folder)})["exchange"] == exchange
+    with pytest.raises(ValueError, match=r"^exchange=inline: says how a GPU reaches the center, but device=cpu; leav"):
+        launch(loop, 1, device="cpu", exchange="inline")
+
+
 def test_a_loop_that_leaves_with_an_exchange_under_way_ends_well(launch: Any) -> None:
     center = launch(functools.partial(loops.bare, rule=EASGD(tau=1), leaves_early=True), 1, device="cuda")
     assert center.summary["status"] == "done"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -320,12 +323,123 @@ def test_two_optimizers_that_step_in_turn_leave_the_rest_in_half():
         assert team.workers[0].t == 2
 
 
+def test_what_the_loop_writes_to_parameters_is_not_lost():
+    """Clipped weights, values loaded in mid-run, an average that follows the weights inside the model."""
+    with Team.of(EASGD(tau=2, alpha=0.0), 1, sgd, MixedNet) as team:
+        (model,), (one,) = team.models, team.workers
+        places = {name: slice(entry.start, entry.stop) for entry in Flat(model).entries for name in [entry.name]}
+        for t in range(3):
+            step(team, 0, t)
+            before = team.x(0)
+            with torch.no_grad():
+                model.body[0].weight.clamp_(-0.25, 0.25)  # numbers that bfloat16 has
+            step_without_gradient(team)
+            clipped = places["body.0.weight"]
+            expected = np.where(np.abs(before[clipped]) > 0.25, np.copysign(np.float32(0.25), before[clipped]), 0)
+            found = team.x(0)
+            assert np.array_equal(found[clipped][expected != 0], expected[expected != 0]) and (expected != 0).any()
+            # What is not written to keeps all its digits.
+            assert np.array_equal(found[clipped][expected == 0], before[clipped][expected == 0])
+            assert np.array_equal(found[places["body.2.weight"]], before[places["body.2.weight"]])
+        state = {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
+        model.load_state_dict(state)
+        assert set(one.state()["kept"]["x"][places["body.0.weight"]].tolist()) == {0.5}
+
+
+def step_without_gradient(team: Team) -> None:
+    for parameter in team.models[0].parameters():
+        parameter.grad = None
+    team.optimizers[0][0].step()
+
+
+@pytest.mark.parametrize("optimizer", [adamw, nesterov])
+def test_a_state_loaded_into_the_optimizer_between_steps_loses_no_digits(optimizer):
+    with Team.of(EASGD(tau=3), 1, optimizer, Half) as plain, Team.of(EASGD(tau=3), 1, optimizer, Half) as team:
+        plain.run(6, step)
+        team.run(3, step)
+        ((its,),) = team.optimizers
+        its.load_state_dict(copy.deepcopy(its.state_dict()))
+        team.run(3, lambda team, i, t: step(team, i, t + 3))
+        assert np.array_equal(team.x(0), plain.x(0))
+
+
+def test_a_step_that_a_grad_scaler_skips_leaves_everything_as_it_was():
+    def fused(model):
+        return torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    with Team.of(EASGD(tau=1), 1, fused, Half) as team:
+        (model,), ((optimizer,),), before = team.models, team.optimizers, team.x(0)
+        for t, factor in enumerate((torch.inf, 1.0)):
+            optimizer.zero_grad()
+            (scaler.scale(loss_of(model, 0, t)) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert team.workers[0].t == t and np.array_equal(team.x(0), before) == (t == 0)
+            assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+        states = optimizer.state.values()
+        assert {one[name].dtype for one in states for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+
+
+class Failing(torch.optim.SGD):
+    """Its second step ends by an exception."""
+
+    calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        if self.calls == 2:
+            raise ArithmeticError
+        return super().step(closure)
+
+
+def test_after_an_exception_in_a_step_the_next_step_is_a_step():
+    with Team.of(EASGD(tau=1, alpha=0.0), 1, lambda model: Failing(model.parameters(), lr=LR), Half) as team:
+        for t in range(2):
+            with pytest.raises(ArithmeticError) if t else contextlib.nullcontext():
+                step(team, 0, t)
+        team.workers[0].between_steps()  # where the loop asks for its next batch
+        assert {one.dtype for one in team.models[0].parameters()} == {torch.bfloat16}
+        before = team.x(0)
+        step(team, 0, 2)
+        assert team.workers[0].t == 2 and not np.array_equal(team.x(0), before)
+
+
+def test_a_step_within_the_step_of_a_derived_optimizer_is_the_same_step():
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # from here on torch calls the hooks for the base class too
+    with (
+        Team.of(EASGD(tau=1), 1, lambda model: Failing(model.parameters(), lr=LR), Half) as team,
+        Team.of(EASGD(tau=1), 1, sgd, Half) as plain,
+    ):
+        assert team.run(1, step).workers[0].t == 1
+        assert np.array_equal(team.x(0), plain.run(1, step).x(0))
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_gradients_that_are_zeroed_within_a_step_stay_zero(set_to_none):
+    class Zeroing(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.zero_grad(set_to_none)
+
+    with Team.of(EASGD(tau=1), 1, lambda model: Zeroing(model.parameters(), lr=LR), Half) as team:
+        step(team, 0, 0)
+        grads = [one.grad for one in team.models[0].parameters()]
+        assert all(one is None if set_to_none else not one.any() for one in grads)
+
+
 def test_one_that_joins_computes_with_the_center_rounded():
     with Team.of(EASGD(tau=1), 1, sgd, Half) as team:
         team.center.vectors["c"][:] += 0.3
         team.workers[0].join(0)
         expected = torch.from_numpy(team.c[:35]).to(torch.bfloat16)
         assert torch.equal(team.models[0].body[0].weight.flatten(), expected)
+
+
+def test_a_step_with_no_closure_said_is_a_step():
+    with Team.of(EASGD(tau=1), 1, sgd, Half) as team:
+        team.optimizers[0][0].step(None)
+        assert team.workers[0].t == 1
 
 
 def test_a_step_with_a_closure_is_refused():

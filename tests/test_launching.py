@@ -142,7 +142,7 @@ def test_workers_see_the_variables_that_torchrun_sets(launch, tmp_path):
     (loops.different_names, ValueError, r"^model: worker 1's differs from worker 0's \(1\.\w+ is only in one"),
     (loops.different_rules, ValueError, r"^rule: worker 0 attached EASGD\(.*tau=10.* and worker 1 EASGD\(.*tau=11"),
     (loops.wrong_type, ValueError, r"^worker 1: weight has dtype torch.float64.*call model.float\(\)"),
-    (loops.different_types, ValueError, r"^dtype: worker 0 attached torch.float32 and worker 1 torch.bfloat16; every"),
+    (loops.different_types, ValueError, r"^model: weight is float32 in worker 0 and bfloat16 in worker 1; build"),
     (loops.wrong_device, ValueError, r"^worker \d: weight is on meta .* computes on cpu; write model.to"),
     (loops.another_models_optimizer, ValueError, r"^worker \d: optimizer: 2 of its 2 parameters do not belong"),
     (loops.replaced_after_attach, ValueError, r"^worker 1: weight: was replaced after attach"),
@@ -150,6 +150,7 @@ def test_workers_see_the_variables_that_torchrun_sets(launch, tmp_path):
     (loops.fails_before, RuntimeError, r"^worker 1 ended before the run had begun: KeyError: 'no such"),
     (loops.fails_after, RuntimeError, r"^all workers died, the last of them worker \d: RuntimeError: .*mat1 and mat2"),
     (loops.bad_evaluation, ValueError, r"^worker 0: evaluate: raised TypeError"),
+    (loops.bad_calibration, ValueError, r"^worker 0: calibrate_on: raised RuntimeError: .*mat1 and mat2"),
     (loops.exits, RuntimeError, r"^worker \d ended before the run had begun: exited with code 3\.$"),
     (loops.steps_another_optimizer, ValueError, r"^worker \d: attach: the loop is over, and the attached opt"),
 ])  # fmt: skip
