@@ -116,7 +116,7 @@ def test_passm_trains_without_turns(run: Runner) -> None:
 
 def test_a_straggler_is_named(run: Runner) -> None:
     for rule in (EASGD(tau=1), LocalSGD(tau=1)):
-        summary = run(rule=rule, workers=3, steps=25, device="cuda", faults=(Fault("pace", 2, 0, 0.02),))
+        summary = run(rule=rule, workers=3, steps=12, device="cuda", faults=(Fault("pace", 2, 0, 0.1),))
         waited = summary["worker_reports"][0]["waited_for_s"]
         assert waited[2] > 0.1 and waited[2] == max(waited)
 

@@ -172,7 +172,8 @@ def test_what_cannot_be_written_is_one_sentence_and_keeps_the_old_file(
 
 @pytest.mark.parametrize("line, sentence", [
     ("", "NAME is missing: give one of stability, admm, moments, averaging; see easgd-local theory --help."),
-    ("stablity", "NAME=stablity: must be one of stability, admm, moments, averaging, did you mean stability; see easgd-local theory --help."),
+    ("stablity", "NAME=stablity: must be one of stability, admm, moments, averaging, did you mean stability; see "
+     "easgd-local theory --help."),
     ("admm 3", "3: not understood, as values follow their flag; leave it out; see easgd-local theory admm --help."),
     ("admm --worker 3", "--worker: there is no such flag, did you mean --workers; see easgd-local theory admm --help."),
     ("admm --workers", "--workers: a value must follow; one that begins with a minus is written --workers=VALUE."),
