@@ -340,6 +340,11 @@ class Attached(Visitor):
         self._post("finished")
         self._linger()
 
+    def release(self) -> None:
+        """The model computes in memory of its own from now on."""
+        self._place.touch([self.x], [self.x])
+        self._flat.bind(self._tensor.clone())
+
     def _depart(self) -> None:
         super()._depart()
         self._post("own", self._flat.naming())

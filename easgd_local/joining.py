@@ -19,12 +19,16 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
 from easgd_local import child
 from easgd_local.centers import load_center
 from easgd_local.child import Refusal
+from easgd_local.devices import take_seat
+from easgd_local.gpus import chosen
+from easgd_local.graphics import Graphics
 from easgd_local.launcher import Child, Launcher
 from easgd_local.launching import LaunchConfig, conduct, prepare, run_folder, view_of
 from easgd_local.loop import LoopWorker
@@ -41,8 +45,8 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @contextlib.contextmanager
 def join(
-    *, out: str | Path | None = None, resume: str | Path | None = None, seed: int = 0, checkpoint_every: int = 0,
-    keep: int = 3, tensorboard: bool = False, view: bool = True,
+    *, device: str = "auto", exchange: str = "auto", out: str | Path | None = None, resume: str | Path | None = None,
+    seed: int = 0, checkpoint_every: int = 0, keep: int = 3, tensorboard: bool = False, view: bool = True,
 ) -> Iterator[LoopWorker]:  # fmt: skip
     """A worker in a script that torchrun has started, `torchrun --standalone --nproc-per-node 4 script.py`.
 
@@ -52,16 +56,18 @@ def join(
             model.load_state_dict(worker.center)
 
     The worker is that of `launch`, whose docstring says what the options mean; every process gives the same ones. The
-    block ends when all workers have come to its end. When one of them dies torchrun ends all, unlike `launch`.
+    block ends when all workers have come to its end; the model keeps this worker's values. When one of them dies
+    torchrun ends all, unlike `launch`.
 
     Raises `ValueError` where torchrun has not started the process, on several machines, and for what cannot work;
     `SystemExit` with 130 after an interrupted run is saved.
     """
     rank, workers = _place()
+    options: dict[str, Any] = {"device": device, "exchange": exchange}
     config = LaunchConfig(
         fn=Path(getattr(__import__("__main__"), "__file__", "script")).stem, workers=workers,
         out=None if out is None else str(out), seed=seed, checkpoint_every=checkpoint_every, keep=keep,
-        threads=torch.get_num_threads(), tensorboard=tensorboard,
+        threads=torch.get_num_threads(), tensorboard=tensorboard, **options,
     )  # fmt: skip
     with contextlib.ExitStack() as ends:
         leader = _Leader(config, None if resume is None else Path(resume), view) if rank == 0 else None
@@ -69,8 +75,9 @@ def join(
             leader.start()
             ends.callback(leader.end)
         conn = ends.enter_context(_meet(rank, leader))
+        graphics = _graphics(conn) if config.device == "cuda" else None
         seed_all(seed_of(seed, rank))
-        worker = LoopWorker(rank, workers, conn, seed)
+        worker = LoopWorker(rank, workers, conn, seed, take_seat(graphics, rank))
         ends.enter_context(signals(_answer(leader, worker)))
         with contextlib.nullcontext() if leader else _outlived_by(_peer(conn)):
             yield from _block(worker, conn, leader)
@@ -78,9 +85,22 @@ def join(
 
 def _block(worker: LoopWorker, conn: Connection, leader: _Leader | None) -> Iterator[LoopWorker]:
     """The user's block, and how it ends."""
+    drained = False
     try:
-        yield worker
-        worker.finish()
+        try:
+            yield worker
+            worker.finish()
+            worker.release()
+            drained = True
+        except Stopped:
+            worker.drain()
+            drained = True
+            raise
+        except Exception:
+            worker.finish_exchange()
+            raise
+        finally:
+            worker.close(drained=drained)
     except Stopped:
         conn.send(("stopped",))
         conn.send(("gone",))
@@ -101,6 +121,15 @@ def _block(worker: LoopWorker, conn: Connection, leader: _Leader | None) -> Iter
     if how == "failed":
         raise RuntimeError(what)
     worker.center = load_center(what)
+
+
+def _graphics(conn: Connection) -> Graphics:
+    """The GPUs that the leader has found, once all have come."""
+    word, what = conn.recv()
+    if word == "refused":
+        raise Refusal(what)
+    assert isinstance(what, Graphics)
+    return what
 
 
 def _place() -> tuple[int, int]:
@@ -240,8 +269,11 @@ class _Leader(threading.Thread):
             guests = _Guests(Path())
             with guests:
                 children = sorted((guests.invite(conn) for conn in conns), key=lambda one: one.rank or 0)
+                graphics, said = chosen(self._config.device, self._config.exchange)
+                if graphics is not None:
+                    _say(conns, ("graphics", graphics))
                 with run_folder(self._config, self._config.fn, self._resume) as folder:
-                    _say(conns, ("over", self._lead(folder, guests, children)))
+                    _say(conns, ("over", self._lead(folder, guests, children, graphics, said)))
         except KeyboardInterrupt:  # the run is saved, and everybody leaves
             pass
         except Exception as error:
@@ -250,8 +282,12 @@ class _Leader(threading.Thread):
             for conn in conns:
                 conn.close()
 
-    def _lead(self, folder: Path, guests: _Guests, children: list[Child]) -> str:
-        with prepare(self._config, folder, self._resume, guests, children, _no_second_start) as gathered:
+    def _lead(
+        self, folder: Path, guests: _Guests, children: list[Child], graphics: Graphics | None, said: list[str]
+    ) -> str:
+        with prepare(
+            self._config, folder, self._resume, guests, children, _no_second_start, graphics, said
+        ) as gathered:
             live = view_of(self._view)
             self._run = LoopRun(gathered, guests, [live] if live else [])
             outcome = conduct(self._run, live, "join")
@@ -260,7 +296,7 @@ class _Leader(threading.Thread):
         return str(outcome.folder.resolve())
 
 
-def _say(conns: list[Connection], word: tuple[str, str]) -> None:
+def _say(conns: list[Connection], word: tuple[str, Any]) -> None:
     """Tells all that still listen."""
     for conn in conns:
         with contextlib.suppress(OSError):

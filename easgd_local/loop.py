@@ -248,6 +248,11 @@ class LoopWorker:
         if self._attached is not None:
             self._attached.finish_exchange()
 
+    def release(self) -> None:
+        """The model outlives the worker: its values are in memory of its own."""
+        if self._attached is not None:
+            self._attached.release()
+
     def close(self, *, drained: bool) -> None:
         """Gives the device back; what is not drained is left to the end of the process."""
         if self._attached is not None:

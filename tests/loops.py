@@ -77,7 +77,9 @@ def epochs_of(
                 after()
 
 
-def train(worker: LoopWorker, epochs: int = 1, rule: Any = None, buffers: str = "average", **options: Any) -> None:
+def train(
+    worker: LoopWorker, epochs: int = 1, rule: Any = None, buffers: str = "average", **options: Any
+) -> nn.Module:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainset = digits()[0]
@@ -87,6 +89,7 @@ def train(worker: LoopWorker, epochs: int = 1, rule: Any = None, buffers: str = 
         model, optimizer, rule or easgd.EASGD(tau=4, beta=0.9), buffers=buffers, evaluate=scores, **options
     )  # fmt: skip
     epochs_of(worker, model, optimizer, worker.loader(trainset, 32), epochs)
+    return model
 
 
 def bare(worker: LoopWorker, epochs: int = 1, rule: Any = None, leaves_early: bool = False) -> None:

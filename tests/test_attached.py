@@ -427,6 +427,15 @@ def test_values_copied_in_place_are_no_replacement():
         team.run(1)
 
 
+def test_once_released_the_model_keeps_its_values_whatever_becomes_of_the_workers_memory():
+    with Team.of(EASGD(tau=1), 1, sgd) as team:
+        (one,), (model,) = team.run(2).workers, team.models
+        values = Flat(model).values()
+        one.release()
+        one.x[:] = np.nan
+        assert np.array_equal(Flat(model).values(), values)
+
+
 # Between two steps
 
 

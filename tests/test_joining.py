@@ -11,21 +11,26 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import easgd_local as easgd
 from easgd_local import joining
 from tests import loops
 from tests.conftest import eventually, unpainted
 
+pytest_plugins = ["tests.fake_cuda"]
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import pathlib
+import torch
 import easgd_local as easgd
 from tests import loops
 
 with easgd.join(view=False, **OPTIONS) as worker:
     LOOP
 pathlib.Path(f"after-{worker.rank}").write_text(f"{worker.center.folder.name} {len(worker.center)}")
+if "model" in globals():
+    torch.save(model.state_dict(), f"model-{worker.rank}.pt")
 """
 
 
@@ -60,15 +65,18 @@ def _in_session(process: psutil.Process, session: int) -> bool:
         return False
 
 
-def test_a_run_under_torchrun_is_the_same_as_a_launched_one(tmp_path):
-    code, _, err = ended(torchrun(tmp_path, "loops.train(worker)"))
+def test_a_run_under_torchrun_on_gpus_is_the_same_as_a_launched_one_on_the_cpu(tmp_path, fake_cuda):
+    code, _, err = ended(torchrun(tmp_path, "model = loops.train(worker)", "device='cuda', exchange='inline'"))
     assert code == 0, err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["effective"]["exchange"] == "inline"
     assert [(tmp_path / f"after-{rank}").read_text() for rank in range(2)] == ["run 9", "run 9"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     with unpainted():
         launched = easgd.launch(loops.train, workers=2, threads=1, view=False, out=tmp_path / "launched")
     assert summary["center_sha256"] == launched.summary["center_sha256"]
     assert [report["state"] for report in summary["worker_reports"]] == ["finished", "finished"]
+    left = torch.load(tmp_path / "model-0.pt")  # saved after the block: the worker's own memory is given back
+    assert torch.isfinite(left["1.weight"]).all() and left["1.weight"].any()
 
 
 def test_a_signal_to_torchrun_stops_the_run_with_a_checkpoint(tmp_path):
