@@ -6,14 +6,12 @@ import contextlib
 import copy
 import io
 import math
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from easgd_local import checkpoint, faults, halves
+from easgd_local import checkpoint, faults
 from easgd_local.backend.cpu import Vector, vector
 from easgd_local.batches import Positions
 from easgd_local.calibrate import recalibrate
@@ -31,6 +29,7 @@ from easgd_local.devices import place_of
 from easgd_local.flat import Entry, Flat, Naming
 from easgd_local.randomness import random_state, restore_random, seed_of, seeded
 from easgd_local.rules.base import Rule
+from easgd_local.stepping import Steps
 from easgd_local.turns import Aborted
 from easgd_local.visitor import Plan, Start, Visitor
 
@@ -73,16 +72,16 @@ class Attachment:
 
 
 class Attached(Visitor):
-    """The worker behind an attached model. The hooks of the optimizers call `before_step` and `after_step`.
+    """The worker behind an attached model. `Steps` calls `before_step` and `after_step`.
 
         d <- α(x - c),  c <- c + d,  x <- x - d     before the step, g having been taken at the x before, or
         c, x <- what the rule says                  after it, for rules that replace x
 
     Parameters in half precision are x rounded, but while an optimizer steps, which moves x itself.
 
-    The clock t counts steps: one is made when each of the optimizers has stepped. A step that a GradScaler skips is
-    none. Checkpoints are of the moment between two steps: best seen where the loop asks for its next batch, else they
-    are noted at the end of a step and written in the next one.
+    The clock t counts steps: one is made when each of the optimizers has stepped. Checkpoints are of the moment between
+    two steps: best seen where the loop asks for its next batch, else they are noted at the end of a step and written in
+    the next one.
     """
 
     def __init__(
@@ -98,9 +97,9 @@ class Attached(Visitor):
         self._ahead: tuple[int, Any] | None = None  # the clock of an exchange that has begun, and its d
         self._flat, self._attachment, self._conn = flat, attachment, conn
         self._parameters = [id(one) for one in attachment.model.parameters()]
-        self._stepped: set[int] = set()  # the optimizers that have made their part of the step under way
-        self._stepping: dict[int, FrameType] = {}  # those that are in their step: the call that torch's hooks surround
-        self._owned = owned(attachment.optimizers)
+        self._steps = Steps(
+            attachment.optimizers, flat.halves, adopt=self._adopt, begins=self.before_step, made=self.after_step
+        )
         self._between_t = -1  # the clock whose boundary has been seen
         self._noted: dict[str, Any] | None = None
         self._random: dict[str, Any] | None = None  # to be restored before the next batch
@@ -119,13 +118,7 @@ class Attached(Visitor):
     def bind(self) -> None:
         """The model computes in x from now on, and the optimizers tell of their steps."""
         self._bind()
-        for optimizer in self._attachment.optimizers:
-            if self._flat.halves:
-                _keep_in_float32(optimizer)
-                optimizer.register_load_state_dict_pre_hook(self._lift)
-                optimizer.register_load_state_dict_post_hook(self._lower)
-            optimizer.register_step_pre_hook(self._optimizer_steps)
-            optimizer.register_step_post_hook(self._optimizer_has_stepped)
+        self._steps.watch()
 
     def _bind(self) -> None:
         self._place.touch([self.x], [self.x])
@@ -151,53 +144,11 @@ class Attached(Visitor):
 
     # The step
 
-    def _optimizer_steps(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._is_within_step(optimizer):
-            return
-        self._stepping[id(optimizer)] = sys._getframe(1)
-        self._flat.halves.lower(self._owned)  # after a step that ended by an exception
-        self._adopt()
-        if self._flat.halves and (args[1:2] or (kwargs.get("closure"),))[0] is not None:  # args[0] is the optimizer
-            raise Refusal(
-                "step(closure): parameters in half precision are float32 while the optimizer steps, so that no forward "
-                "pass can be made meanwhile; call model.float(), or compute the loss before step()."
-            )
-        if not _is_skipped(optimizer) and not self._stepped:
-            self.before_step()
-        self._lift(optimizer)
-
-    def _optimizer_has_stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._stepping.get(id(optimizer)) is not sys._getframe(1):
-            return
-        del self._stepping[id(optimizer)]
-        self._lower(optimizer)
-        if _is_skipped(optimizer):
-            return
-        self._stepped.add(id(optimizer))
-        if len(self._stepped) == len(self._attachment.optimizers):
-            self._stepped.clear()
-            self.after_step()
-
-    def _is_within_step(self, optimizer: Optimizer) -> bool:
-        """Whether this is the step of a base class, which a step of the same optimizer has called: torch calls the
-        hooks for both. One that ended by an exception is no longer among the callers."""
-        outer = self._stepping.get(id(optimizer))
-        frame = None if outer is None else sys._getframe(1)
-        while frame is not None and frame is not outer:
-            frame = frame.f_back
-        return frame is not None
-
     def _adopt(self) -> None:
         """What the loop has written to parameters in half precision, as it may to those in float32, is in x."""
         if self._flat.halves:
             self._place.touch([self.x], [self.x])
             self._flat.halves.adopt()
-
-    def _lift(self, optimizer: Optimizer, state_dict: Any = None) -> None:
-        self._flat.halves.lift(owned([optimizer]))
-
-    def _lower(self, optimizer: Optimizer) -> None:
-        self._flat.halves.lower(owned([optimizer]))
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -295,7 +246,7 @@ class Attached(Visitor):
 
     def between_steps(self, *, ends: bool = False) -> None:
         """Nothing of step t has begun: its batch has not been drawn yet, or it never begins."""
-        self._flat.halves.lower(self._owned)  # after a step that ended by an exception
+        self._steps.lower()
         if self._between_t == self.t:
             return
         self._between_t, self._noted = self.t, None
@@ -420,10 +371,7 @@ class Attached(Visitor):
             self._place.load(value, state["kept"][name].numpy())
         self._attachment.model.load_state_dict(state["own"], strict=False)
         self._bind()
-        self._flat.halves.lift(self._owned)  # or what is saved would be rounded
-        for one, saved in zip(self._attachment.optimizers, state["optimizers"], strict=True):
-            one.load_state_dict(saved)
-        self._flat.halves.lower(self._owned)
+        self._steps.load(state["optimizers"])
         for one, saved in zip(self._attachment.stateful, state["stateful"], strict=True):
             one.load_state_dict(saved)
         self._attachment.positions.restore(state["positions"])
@@ -520,20 +468,6 @@ def numbers(values: Any, what: str) -> dict[str, float]:
     return plain
 
 
-def _is_skipped(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler has found infinities and an optimizer that unscales by itself is about to do nothing."""
-    found: Tensor | None = getattr(optimizer, "found_inf", None)
-    return found is not None and float(found) > 0
-
-
-def _keep_in_float32(optimizer: Optimizer) -> None:
-    """The state of steps before the attach, as that of the steps to come."""
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dtype in halves.TYPES:
-                state[name] = value.float()
-
-
 def plain_model(model: nn.Module) -> nn.Module:
     """The module itself, without what torch.compile or a data-parallel wrapper has put around it."""
     while True:
@@ -543,8 +477,3 @@ def plain_model(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def owned(optimizers: Sequence[Optimizer]) -> set[int]:
-    """The identities of the parameters that the optimizers move."""
-    return {id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]}

@@ -20,7 +20,6 @@ from easgd_local.attached import (
     Attachment,
     Evaluation,
     Proposal,
-    owned,
     plain_model,
 )
 from easgd_local.batches import Batches, Loader, Positions
@@ -34,6 +33,7 @@ from easgd_local.rules.base import Rule
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.eamsgd_sync import EAMSGDSync
 from easgd_local.rules.local import Local
+from easgd_local.stepping import owned
 
 
 class LoopWorker:

@@ -227,7 +227,8 @@ def test_a_worker_that_is_not_finite_is_reloaded_at_the_same_step_in_every_run(t
 @pytest.mark.parametrize(
     "values",
     [
-        {"precision": "fp16"}, {"precision": "bf16", "channels_last": True}, {"tf32": True, "nondeterministic": True},
+        {"precision": "fp16"}, {"precision": "bf16", "channels_last": True}, {"precision": "fp16-true"},
+        {"precision": "bf16-true", "model": "resnet18", "workers": 2}, {"tf32": True, "nondeterministic": True},
         {"compile": True, "workers": 1}, {"rule": PASSM()}, {"turns": "free"}, {"turns": "none", "rule": EASGD()},
         {"buffers": "recalibrate", "model": "resnet18", "workers": 2, "batch_size": 8},
     ],

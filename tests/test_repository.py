@@ -37,7 +37,7 @@ LAYERS = (
     ("launcher", "referee", "hosted"),
     ("evaluate", "loop"),
     ("worker", "attached"),
-    ("visitor",),
+    ("visitor", "stepping"),
     ("devices", "respondent"),
     ("gradient", "stream_turns", "curvature"),
     ("graphics",),
