@@ -123,14 +123,14 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
             _start(center, plan, flat)
             starts, t, seconds = {rank: Start() for rank in range(plan.layout.workers)}, 0, 0.0
             plan = replace(
-                plan, folder=claim(config.out, config.rule.name, config.to_json(), _effective(plan, curvature))
+                plan, folder=claim(config.out, config.rule.name, config.to_json(), _effective(plan, dataset, curvature))
             )
             lock_fd = lock(plan.folder, undo)
         else:
             starts = restore(center, plan, manifest, checkpoint.steps(resume)[-1], warnings)
             t, seconds = manifest.t, manifest.seconds
             plan = replace(plan, folder=resume)
-            write_config(resume, config.to_json(), _effective(plan, curvature))
+            write_config(resume, config.to_json(), _effective(plan, dataset, curvature))
         set_turns(center, plan.calendar.rounds_before(t))
         undo.pop_all()
     return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings, lock_fd)
@@ -295,7 +295,7 @@ def _check_work_left(config: Config, steps: int, t: int, run: Path) -> None:
         )
 
 
-def _effective(plan: TrainingPlan, curvature: float | None) -> dict[str, Any]:
+def _effective(plan: TrainingPlan, dataset: Dataset, curvature: float | None) -> dict[str, Any]:
     """What the configuration leaves open, as it was decided or estimated."""
     calendar = plan.calendar
     return {
@@ -304,6 +304,9 @@ def _effective(plan: TrainingPlan, curvature: float | None) -> dict[str, Any]:
         "threads": plan.threads,
         "device": device_name(plan.graphics),
         **({} if plan.graphics is None else {"words": plan.graphics.words, "exchange": plan.graphics.exchange}),
+        "input_shape": dataset.input_shape,
+        "scale": dataset.scale,
+        "classes": len(dataset.classes),
         "lr": plan.learning_rate.lr,
         "schedule": plan.learning_rate.shape,
         **plan.rule.derived(plan.layout.workers),

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,10 +113,29 @@ def saved_values(folder: Path, asked: str = "resume") -> dict[str, Any]:
     return _read(folder, dict, asked)
 
 
-def _read(folder: Path, made: Callable[[Any], T], asked: str) -> T:
+def saved_pictures(folder: Path, asked: str) -> Pictures:
+    """What an earlier run of the built-in loop was about; `ValueError` if the folder holds none."""
+    return _read(folder, Pictures.of, asked, "effective")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a network sees and says: (C, h, w) of its input, the factor of its pixels, the number of classes."""
+
+    shape: tuple[int, int, int]
+    scale: float
+    classes: int
+
+    @classmethod
+    def of(cls, effective: dict[str, Any]) -> Pictures:
+        channels, height, width = map(int, effective["input_shape"])
+        return cls((channels, height, width), float(effective["scale"]), int(effective["classes"]))
+
+
+def _read(folder: Path, made: Callable[[Any], T], asked: str, part: str = "config") -> T:
     path = folder / "config.json"
     try:
-        return made(json.loads(path.read_text())["config"])
+        return made(json.loads(path.read_text())[part])
     except OSError as error:
         raise ValueError(
             f"{asked}={folder}: no run is there ({path.name}: {error.strerror}); name the folder of an earlier run."
