@@ -292,7 +292,8 @@ class Attached(Visitor):
         self._linger()
 
     def release(self) -> None:
-        """The model computes in memory of its own from now on."""
+        """The model computes in memory of its own from now on, and its optimizers step as before the attach."""
+        self._steps.leave()
         self._place.touch([self.x], [self.x])
         self._flat.bind(self._tensor.clone())
 

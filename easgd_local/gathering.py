@@ -40,8 +40,8 @@ def gather(launcher: Launcher, workers: Sequence[Child]) -> list[Proposal]:
                     raise failed(one, cause)
                 case ("unattached",):
                     raise ValueError(
-                        f"fn: returned in worker {one.rank} without worker.attach(model, optimizer, rule), so there is "
-                        f"no center; attach a model in every worker."
+                        f"fn: was over in worker {one.rank} without worker.attach(model, optimizer, rule), so there "
+                        f"is no center; attach a model in every worker."
                     )
     ordered = [proposals[rank] for rank in sorted(proposals)]
     for rank, proposal in enumerate(ordered):

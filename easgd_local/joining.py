@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -74,8 +75,8 @@ def join(
         if leader is not None:
             leader.start()
             ends.callback(leader.end)
-        conn = ends.enter_context(_meet(rank, leader))
-        graphics = _graphics(conn) if config.device == "cuda" else None
+        conn = ends.enter_context(_meet(rank, config, leader))
+        graphics = _graphics(conn)
         seed_all(seed_of(seed, rank))
         worker = LoopWorker(rank, workers, conn, seed, take_seat(graphics, rank))
         ends.enter_context(signals(_answer(leader, worker)))
@@ -110,6 +111,7 @@ def _block(worker: LoopWorker, conn: Connection, leader: _Leader | None) -> Iter
             conn.send(child.failure(error))
             conn.send(("gone",))
         if leader is not None:
+            traceback.print_exc()  # torchrun may end this process before Python does
             leader.interrupt()  # or this process would not end before the others have come to theirs
         raise
     except BaseException:
@@ -120,15 +122,17 @@ def _block(worker: LoopWorker, conn: Connection, leader: _Leader | None) -> Iter
     how, what = conn.recv()
     if how == "failed":
         raise RuntimeError(what)
+    if how == "refused":
+        raise Refusal(what)
     worker.center = load_center(what)
 
 
-def _graphics(conn: Connection) -> Graphics:
-    """The GPUs that the leader has found, once all have come."""
+def _graphics(conn: Connection) -> Graphics | None:
+    """The GPUs that the leader has found, None on the CPU, once all have come and said the same."""
     word, what = conn.recv()
     if word == "refused":
         raise Refusal(what)
-    assert isinstance(what, Graphics)
+    assert what is None or isinstance(what, Graphics)
     return what
 
 
@@ -150,7 +154,7 @@ def _place() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _meet(rank: int, leader: _Leader | None) -> Iterator[Connection]:
+def _meet(rank: int, config: LaunchConfig, leader: _Leader | None) -> Iterator[Connection]:
     """A connection to the leader. Its address and key go through torchrun's store."""
     from torch.distributed import PrefixStore, rendezvous
 
@@ -162,7 +166,7 @@ def _meet(rank: int, leader: _Leader | None) -> Iterator[Connection]:
         leader.store = store  # it must outlive the others' asking
     address, key = pickle.loads(store.get("address"))
     with Client(address, family="AF_UNIX", authkey=key) as conn:
-        conn.send(rank)
+        conn.send((rank, config.to_json()))
         yield conn
 
 
@@ -203,9 +207,15 @@ def _answer(leader: _Leader | None, worker: LoopWorker) -> Callable[[int, FrameT
 class _Guests(Launcher):
     """Processes that torchrun has started: seen to end through their pidfds, never reaped here."""
 
-    def invite(self, conn: Connection) -> Child:
-        """One of them has connected and says its rank."""
-        rank, pid = conn.recv(), _peer(conn)
+    def invite(self, conn: Connection, config: LaunchConfig) -> Child:
+        """One of them has connected and says its rank and its options; `ValueError` unless they are the leader's."""
+        (rank, theirs), pid = conn.recv(), _peer(conn)
+        for name, ours in config.to_json().items():
+            if theirs[name] != ours:
+                raise ValueError(
+                    f"join: {name}={ours} in process 0 and {theirs[name]} in process {rank}; give every process the "
+                    f"same options."
+                )
         new = Child(f"worker-{rank}", rank, pid, conn, os.pidfd_open(pid))
         self._watch(new)
         return new
@@ -268,10 +278,10 @@ class _Leader(threading.Thread):
                 self._complete = True
             guests = _Guests(Path())
             with guests:
-                children = sorted((guests.invite(conn) for conn in conns), key=lambda one: one.rank or 0)
+                invited = [guests.invite(conn, self._config) for conn in conns]
+                children = sorted(invited, key=lambda one: one.rank or 0)
                 graphics, said = chosen(self._config.device, self._config.exchange)
-                if graphics is not None:
-                    _say(conns, ("graphics", graphics))
+                _say(conns, ("graphics", graphics))
                 with run_folder(self._config, self._config.fn, self._resume) as folder:
                     _say(conns, ("over", self._lead(folder, guests, children, graphics, said)))
         except KeyboardInterrupt:  # the run is saved, and everybody leaves

@@ -28,6 +28,7 @@ class Steps:
     ) -> None:  # fmt: skip
         self._optimizers, self._halves = optimizers, halves
         self._adopt, self._begins, self._made = adopt, begins, made
+        self._hooks: list[Any] = []
         self._done: set[int] = set()  # the optimizers that have made their part of the step under way
         self._running: dict[int, FrameType] = {}  # those that are in their step: the call that torch's hooks surround
 
@@ -36,10 +37,19 @@ class Steps:
         for optimizer in self._optimizers:
             if self._halves:
                 _keep_in_float32(optimizer)
-                optimizer.register_load_state_dict_pre_hook(lambda one, state: self._lift([one]))
-                optimizer.register_load_state_dict_post_hook(lambda one: self._lower([one]))
-            optimizer.register_step_pre_hook(self._before)
-            optimizer.register_step_post_hook(self._after)
+                self._hooks += [
+                    optimizer.register_load_state_dict_pre_hook(lambda one, state: self._lift([one])),
+                    optimizer.register_load_state_dict_post_hook(lambda one: self._lower([one])),
+                ]
+            self._hooks += [
+                optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after),
+            ]  # fmt: skip
+
+    def leave(self) -> None:
+        """Until here."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def load(self, states: Iterable[Any]) -> None:
         """The optimizers take over what their `state_dict` gave; parameters in half precision lie in x already."""

@@ -434,6 +434,8 @@ def test_once_released_the_model_keeps_its_values_whatever_becomes_of_the_worker
         one.release()
         one.x[:] = np.nan
         assert np.array_equal(Flat(model).values(), values)
+        plain_step(team, 0, 2)
+        assert one.t == 2 and not np.array_equal(Flat(model).values(), values)
 
 
 # Between two steps

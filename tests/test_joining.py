@@ -21,6 +21,7 @@ from tests.conftest import eventually, unpainted
 pytest_plugins = ["tests.fake_cuda"]
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
+import os
 import pathlib
 import torch
 import easgd_local as easgd
@@ -48,21 +49,15 @@ def torchrun(folder: Path, loop: str, options: str = "", processes: int = 2) -> 
 
 def ended(one: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit code, output and errors; nothing of it may be left."""
+    folder = psutil.Process(one.pid).cwd()  # where all of it runs, in sessions of their own
     try:
         out, err = one.communicate(timeout=45)
     finally:
-        left = [p for p in psutil.process_iter() if _in_session(p, one.pid)]
+        left = [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == folder]
         for process in left:
             process.kill()
     assert not left, left
     return one.returncode, out, err
-
-
-def _in_session(process: psutil.Process, session: int) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == session
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        return False
 
 
 def test_a_run_under_torchrun_on_gpus_is_the_same_as_a_launched_one_on_the_cpu(tmp_path, fake_cuda):
@@ -112,6 +107,16 @@ def test_a_folder_that_is_taken_is_told_to_all_and_a_script_may_join_twice(tmp_p
     assert code == 0, err
     for rank in range(2):
         assert (tmp_path / f"refused-{rank}").read_text().startswith("out=run: exists already and is not an empty f")
+
+
+def test_different_options_and_a_block_that_attaches_nothing_are_told_in_one_sentence(tmp_path):
+    options = "device='cuda' if os.environ['RANK'] == '1' else 'cpu'"
+    code, _, err = ended(torchrun(tmp_path, "pass", options))
+    assert code == 1
+    assert err.count("Refusal: join: device=cpu in process 0 and cuda in process 1; give every process the same") == 2
+    code, _, err = ended(torchrun(tmp_path, "pass"))
+    assert code == 1 and "No such file" not in err
+    assert "Refusal: fn: was over in worker" in err
 
 
 def test_without_torchrun_join_says_what_to_do(monkeypatch):

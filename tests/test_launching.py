@@ -146,7 +146,7 @@ def test_workers_see_the_variables_that_torchrun_sets(launch, tmp_path):
     (loops.wrong_device, ValueError, r"^worker \d: weight is on meta .* computes on cpu; write model.to"),
     (loops.another_models_optimizer, ValueError, r"^worker \d: optimizer: 2 of its 2 parameters do not belong"),
     (loops.replaced_after_attach, ValueError, r"^worker 1: weight: was replaced after attach"),
-    (loops.nothing_attached, ValueError, r"^fn: returned in worker 0 without worker.attach"),
+    (loops.nothing_attached, ValueError, r"^fn: was over in worker 0 without worker.attach"),
     (loops.fails_before, RuntimeError, r"^worker 1 ended before the run had begun: KeyError: 'no such"),
     (loops.fails_after, RuntimeError, r"^all workers died, the last of them worker \d: RuntimeError: .*mat1 and mat2"),
     (loops.bad_evaluation, ValueError, r"^worker 0: evaluate: raised TypeError"),
