@@ -33,7 +33,7 @@ class Steps:
         self._running: dict[int, FrameType] = {}  # those that are in their step: the call that torch's hooks surround
 
     def watch(self) -> None:
-        """From here on."""
+        """From here on the optimizers tell of their steps."""
         for optimizer in self._optimizers:
             if self._halves:
                 _keep_in_float32(optimizer)
@@ -46,7 +46,7 @@ class Steps:
             ]  # fmt: skip
 
     def leave(self) -> None:
-        """Until here."""
+        """They tell of them no more."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
