@@ -39,6 +39,7 @@ from easgd_local.run import signals
 from easgd_local.visitor import Stopped
 
 KEY_BYTES, WATCH_S = 32, 0.5
+PATIENCE_S = 60.0  # after which is said that somebody has not come
 _JOINS = itertools.count()  # a script may join several times
 INTERRUPTED = 130
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -129,6 +130,8 @@ def _block(worker: LoopWorker, conn: Connection, leader: _Leader | None) -> Iter
 
 def _graphics(conn: Connection) -> Graphics | None:
     """The GPUs that the leader has found, None on the CPU, once all have come and said the same."""
+    if not conn.poll(PATIENCE_S):
+        print("easgd_local: join waits for processes that have not come to it yet.", file=sys.stderr, flush=True)
     word, what = conn.recv()
     if word == "refused":
         raise Refusal(what)

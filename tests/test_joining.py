@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -117,6 +119,16 @@ def test_different_options_and_a_block_that_attaches_nothing_are_told_in_one_sen
     code, _, err = ended(torchrun(tmp_path, "pass"))
     assert code == 1 and "No such file" not in err
     assert "Refusal: fn: was over in worker" in err
+
+
+def test_who_waits_long_for_the_others_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(joining, "PATIENCE_S", 0.0)
+    ours, leader = multiprocessing.Pipe()
+    thread = threading.Timer(0.05, leader.send, [("graphics", None)])
+    thread.start()
+    assert joining._graphics(ours) is None
+    thread.join()
+    assert capsys.readouterr().err == "easgd_local: join waits for processes that have not come to it yet.\n"
 
 
 def test_without_torchrun_join_says_what_to_do(monkeypatch):
