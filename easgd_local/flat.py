@@ -242,8 +242,9 @@ def _check_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
         mean = module.running_mean if isinstance(module, nn.modules.batchnorm._NormBase) else None
         if mean is not None and mean.dtype in halves.TYPES:
+            place = f"{name}." if name else ""
             raise ValueError(
-                f"{name}.running_mean has dtype {mean.dtype}, in which running statistics lose their small steps; keep "
+                f"{place}running_mean has dtype {mean.dtype}, in which running statistics lose their small steps; keep "
                 f"the {type(module).__name__} in float32: call .float() on it."
             )
 

@@ -156,9 +156,10 @@ class Gradient:
             tensor = self._memory.tensor
             self._memory.touch([], [self.loss_scale])
             state = tensor(self.loss_scale)
-            (loss * scale_of(state)).backward()
+            scale = scale_of(state)
+            (loss * scale).backward()
             self.flat.halves.collect()
-            unscale(tensor(self._g), state)
+            unscale(tensor(self._g), scale, state)
         self.loss = loss.item() if self._device.type == "cpu" else loss.detach()
         trained = slice(0, self.flat.trainable) if only is None else only
         if self._weight_decay:

@@ -95,6 +95,12 @@ def device_name(graphics: Graphics | None) -> str:
     return f"cuda ({kinds}; {graphics.exchange}, {graphics.words})"
 
 
+def effective(graphics: Graphics | None) -> dict[str, str]:
+    """Where workers compute and how they reach the center, for config.json."""
+    ways = {} if graphics is None else {"words": graphics.words, "exchange": graphics.exchange}
+    return {"device": device_name(graphics), **ways}
+
+
 def look() -> Graphics:
     """Asks the driver, torch and CuPy; `ValueError` with one sentence for what is missing. Starts CUDA in this process.
     """

@@ -10,6 +10,7 @@ et al. 2018, arXiv:1710.03740, section 3.1).
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,9 +50,6 @@ class Halves:
         """The model computes with x (float32[n]), rounded, from now on."""
         if self:
             self._x, self._numbers = x, torch.empty(self._n, dtype=self.kind, device=x.device)
-            self._ours = torch.zeros(self._n, dtype=torch.bool, device=x.device)
-            for entry, _ in self._tensors:
-                self._ours[entry.start : entry.stop] = True
             self.round()
         for entry, tensor in self._tensors:
             tensor.data = entry.of(self._numbers)
@@ -76,6 +74,14 @@ class Halves:
         if self:
             written = self._numbers.ne(self._x.to(self.kind)) & self._ours
             self._x.copy_(torch.where(written, self._numbers.float(), self._x))
+
+    @cached_property
+    def _ours(self) -> Tensor:
+        """Which of the n coordinates are those of tensors in half precision."""
+        ours = torch.zeros(self._n, dtype=torch.bool, device=self._x.device)
+        for entry, _ in self._tensors:
+            ours[entry.start : entry.stop] = True
+        return ours
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -103,13 +109,14 @@ class Halves:
                 tensor.grad = wide = None if grad is None else grad.float()
                 self._lifted[id(tensor)] = grad, wide, 0 if wide is None else wide._version
 
-    def lower(self, chosen: Set[int]) -> None:
-        """They lie in `numbers` again, x rounded, with the gradients that they had, or what has become of these."""
+    def lower(self, chosen: Set[int] | None = None) -> None:
+        """These, or all, lie in `numbers` again, x rounded, with the gradients that they had, or what has become of
+        these."""
         if not self._lifted:
             return
         self.round()
         for entry, tensor in self._tensors:
-            if id(tensor) in chosen and id(tensor) in self._lifted:
+            if id(tensor) in self._lifted and (chosen is None or id(tensor) in chosen):
                 (grad, wide, version), now = self._lifted.pop(id(tensor)), tensor.grad
                 tensor.grad = None
                 tensor.data = entry.of(self._numbers)

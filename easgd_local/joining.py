@@ -214,7 +214,7 @@ class _Guests(Launcher):
         """One of them has connected and says its rank and its options; `ValueError` unless they are the leader's."""
         (rank, theirs), pid = conn.recv(), _peer(conn)
         for name, ours in config.to_json().items():
-            if theirs[name] != ours:
+            if theirs[name] != ours and name != "threads":  # which is no option: each process has its own
                 raise ValueError(
                     f"join: {name}={ours} in process 0 and {theirs[name]} in process {rank}; give every process the "
                     f"same options."

@@ -21,7 +21,7 @@ from easgd_local.config import MAX_STEPS, WORKERS, check_choices, check_limits
 from easgd_local.faults import Fault
 from easgd_local.gathering import fill, gather
 from easgd_local.gpus import chosen, exchanging
-from easgd_local.graphics import Graphics, device_name
+from easgd_local.graphics import Graphics, effective
 from easgd_local.launcher import Child, Launcher, warm_up
 from easgd_local.looprun import Gathered, LoopRun
 from easgd_local.metrics import Listener
@@ -272,9 +272,7 @@ def _plan(config: LaunchConfig, proposal: Proposal, folder: Path) -> Plan:
 
 def _effective(plan: Plan) -> dict[str, Any]:
     """What the configuration leaves open, as it was decided."""
-    ways = {} if plan.graphics is None else {"words": plan.graphics.words, "exchange": plan.graphics.exchange}
-    device = {"device": device_name(plan.graphics), **ways}
-    return {"threads": plan.threads, **device, **plan.rule.derived(plan.layout.workers)}
+    return {"threads": plan.threads, **effective(plan.graphics), **plan.rule.derived(plan.layout.workers)}
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:

@@ -20,10 +20,9 @@ def scale_of(state: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def unscale(g: Tensor, state: Tensor) -> None:
+def unscale(g: Tensor, scale: Tensor, state: Tensor) -> None:
     """After the backward pass of the scaled loss: g (float32[n]) <- g / scale, 0 where it is not finite; `state` goes
     on."""
-    scale = scale_of(state)
     g.div_(scale)
     finite = torch.isfinite(g).all()
     g.masked_fill_(~finite, 0.0)

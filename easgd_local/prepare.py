@@ -21,7 +21,7 @@ from easgd_local.data import Dataset, MemorySplit
 from easgd_local.flat import Flat
 from easgd_local.gpus import chosen, exchanging
 from easgd_local.gradient import Computing
-from easgd_local.graphics import Graphics, device_name
+from easgd_local.graphics import Graphics, effective
 from easgd_local.outset import check_room, copy_center, restore, set_turns, shared_names
 from easgd_local.partition import partition
 from easgd_local.rules.elastic import Elastic
@@ -302,8 +302,7 @@ def _effective(plan: TrainingPlan, dataset: Dataset, curvature: float | None) ->
         "steps": calendar.steps,
         "eval_every": calendar.evaluate_every,
         "threads": plan.threads,
-        "device": device_name(plan.graphics),
-        **({} if plan.graphics is None else {"words": plan.graphics.words, "exchange": plan.graphics.exchange}),
+        **effective(plan.graphics),
         "input_shape": dataset.input_shape,
         "scale": dataset.scale,
         "classes": len(dataset.classes),

@@ -38,8 +38,8 @@ class Steps:
             if self._halves:
                 _keep_in_float32(optimizer)
                 self._hooks += [
-                    optimizer.register_load_state_dict_pre_hook(lambda one, state: self._lift([one])),
-                    optimizer.register_load_state_dict_post_hook(lambda one: self._lower([one])),
+                    optimizer.register_load_state_dict_pre_hook(lambda one, state: self._lift(one)),
+                    optimizer.register_load_state_dict_post_hook(self._lower),
                 ]
             self._hooks += [
                 optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after),
@@ -53,22 +53,22 @@ class Steps:
 
     def load(self, states: Iterable[Any]) -> None:
         """The optimizers take over what their `state_dict` gave; parameters in half precision lie in x already."""
-        self._lift(self._optimizers)  # or what is loaded would be rounded
         for optimizer, state in zip(self._optimizers, states, strict=True):
+            self._lift(optimizer)  # or what is loaded would be rounded
             optimizer.load_state_dict(state)
-        self.lower()
+            self._lower(optimizer)
 
     def lower(self) -> None:
         """Parameters are in half precision again: the last step may have ended by an exception."""
-        self._lower(self._optimizers)
+        self._halves.lower()
 
-    def _lift(self, optimizers: Sequence[Optimizer]) -> None:
+    def _lift(self, optimizer: Optimizer) -> None:
         if self._halves:
-            self._halves.lift(owned(optimizers))
+            self._halves.lift(owned([optimizer]))
 
-    def _lower(self, optimizers: Sequence[Optimizer]) -> None:
+    def _lower(self, optimizer: Optimizer) -> None:
         if self._halves:
-            self._halves.lower(owned(optimizers))
+            self._halves.lower(owned([optimizer]))
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._is_within_step(optimizer):
@@ -83,13 +83,13 @@ class Steps:
             )
         if not _is_skipped(optimizer) and not self._done:
             self._begins()
-        self._lift([optimizer])
+        self._lift(optimizer)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._running.get(id(optimizer)) is not sys._getframe(1):
             return
         del self._running[id(optimizer)]
-        self._lower([optimizer])
+        self._lower(optimizer)
         if _is_skipped(optimizer):
             return
         self._done.add(id(optimizer))

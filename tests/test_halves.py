@@ -327,7 +327,7 @@ def test_what_the_loop_writes_to_parameters_is_not_lost():
     """Clipped weights, values loaded in mid-run, an average that follows the weights inside the model."""
     with Team.of(EASGD(tau=2, alpha=0.0), 1, sgd, MixedNet) as team:
         (model,), (one,) = team.models, team.workers
-        places = {name: slice(entry.start, entry.stop) for entry in Flat(model).entries for name in [entry.name]}
+        places = {entry.name: slice(entry.start, entry.stop) for entry in Flat(model).entries}
         for t in range(3):
             step(team, 0, t)
             before = team.x(0)

@@ -23,7 +23,6 @@ from tests.conftest import eventually, unpainted
 pytest_plugins = ["tests.fake_cuda"]
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
-import os
 import pathlib
 import torch
 import easgd_local as easgd
@@ -97,25 +96,24 @@ def test_workers_with_different_models_are_told_in_one_sentence_each(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_is_taken_is_told_to_all_and_a_script_may_join_twice(tmp_path):
-    twice = "loops.train(worker)\n" + (
+def test_a_taken_folder_and_different_options_are_told_to_all_and_a_script_may_join_again(tmp_path):
+    again = "loops.train(worker)\n" + "".join(
         "try:\n"
-        "    with easgd.join(view=False, out='run') as again:\n"
+        f"    with easgd.join(view=False, {options}) as again:\n"
         "        loops.train(again)\n"
         "except ValueError as error:\n"
-        "    pathlib.Path(f'refused-{worker.rank}').write_text(str(error))\n"
+        f"    pathlib.Path(f'{name}-{{worker.rank}}').write_text(str(error))\n"
+        for name, options in {"taken": "out='run'", "differs": "device='cuda' if worker.rank else 'cpu'"}.items()
     )
-    code, _, err = ended(torchrun(tmp_path, twice))
+    code, _, err = ended(torchrun(tmp_path, again))
     assert code == 0, err
+    differs = "join: device=cpu in process 0 and cuda in process 1; give every process the same options."
     for rank in range(2):
-        assert (tmp_path / f"refused-{rank}").read_text().startswith("out=run: exists already and is not an empty f")
+        assert (tmp_path / f"taken-{rank}").read_text().startswith("out=run: exists already and is not an empty f")
+        assert (tmp_path / f"differs-{rank}").read_text() == differs
 
 
-def test_different_options_and_a_block_that_attaches_nothing_are_told_in_one_sentence(tmp_path):
-    options = "device='cuda' if os.environ['RANK'] == '1' else 'cpu'"
-    code, _, err = ended(torchrun(tmp_path, "pass", options))
-    assert code == 1
-    assert err.count("Refusal: join: device=cpu in process 0 and cuda in process 1; give every process the same") == 2
+def test_a_block_that_attaches_nothing_is_told_in_one_sentence(tmp_path):
     code, _, err = ended(torchrun(tmp_path, "pass"))
     assert code == 1 and "No such file" not in err
     assert "Refusal: fn: was over in worker" in err
