@@ -210,15 +210,9 @@ def _answer(leader: _Leader | None, worker: LoopWorker) -> Callable[[int, FrameT
 class _Guests(Launcher):
     """Processes that torchrun has started: seen to end through their pidfds, never reaped here."""
 
-    def invite(self, conn: Connection, config: LaunchConfig) -> Child:
-        """One of them has connected and says its rank and its options; `ValueError` unless they are the leader's."""
-        (rank, theirs), pid = conn.recv(), _peer(conn)
-        for name, ours in config.to_json().items():
-            if theirs[name] != ours and name != "threads":  # which is no option: each process has its own
-                raise ValueError(
-                    f"join: {name}={ours} in process 0 and {theirs[name]} in process {rank}; give every process the "
-                    f"same options."
-                )
+    def invite(self, conn: Connection, rank: int) -> Child:
+        """One of them has connected and said its rank."""
+        pid = _peer(conn)
         new = Child(f"worker-{rank}", rank, pid, conn, os.pidfd_open(pid))
         self._watch(new)
         return new
@@ -281,7 +275,10 @@ class _Leader(threading.Thread):
                 self._complete = True
             guests = _Guests(Path())
             with guests:
-                invited = [guests.invite(conn, self._config) for conn in conns]
+                heard = [conn.recv() for conn in conns]  # all of them, since a refusal ends the connections
+                for rank, theirs in heard:
+                    self._check_options(rank, theirs)
+                invited = [guests.invite(conn, rank) for conn, (rank, _) in zip(conns, heard, strict=True)]
                 children = sorted(invited, key=lambda one: one.rank or 0)
                 graphics, said = chosen(self._config.device, self._config.exchange)
                 _say(conns, ("graphics", graphics))
@@ -294,6 +291,14 @@ class _Leader(threading.Thread):
         finally:
             for conn in conns:
                 conn.close()
+
+    def _check_options(self, rank: int, theirs: dict[str, Any]) -> None:
+        for name, ours in self._config.to_json().items():
+            if theirs[name] != ours and name != "threads":  # which is no option: each process has its own
+                raise ValueError(
+                    f"join: {name}={ours} in process 0 and {theirs[name]} in process {rank}; give every process the "
+                    f"same options."
+                )
 
     def _lead(
         self, folder: Path, guests: _Guests, children: list[Child], graphics: Graphics | None, said: list[str]
