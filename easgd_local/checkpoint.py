@@ -208,7 +208,7 @@ def _remove(folder: Path) -> None:
 
 
 def _remedy(folder: Path) -> str:
-    return f"remove {folder} to resume from the checkpoint before it, or start a new run."
+    return f"remove {folder} to use the checkpoint before it, or start a new run."
 
 
 def _sync_and_digest(path: Path) -> str:

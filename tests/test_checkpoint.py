@@ -189,7 +189,7 @@ def test_the_manifest_is_written_when_everything_else_is_on_the_disk(
 
 # Damage
 
-REMEDY = "remove .*step-00000009 to resume from the checkpoint before it, or start a new run."
+REMEDY = "remove .*step-00000009 to use the checkpoint before it, or start a new run."
 
 
 @pytest.mark.parametrize("name", ["worker-0.safetensors", "worker-1.safetensors", "center.safetensors"])

@@ -489,7 +489,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_remove(name: str, old: Path,
         if damage is not None:
             (folder / name).write_bytes(damage)
         sentence = refused(*RESUME, "--steps", "40")
-        assert re.match(f"{folder}/{name}: .*remove {folder} to resume from the checkpoint before it", sentence)
+        assert re.match(f"{folder}/{name}: .*remove {folder} to use the checkpoint before it", sentence)
         (folder / name).write_bytes(whole)
 
 

@@ -227,6 +227,17 @@ def test_the_order_of_entries_rotates_between_seeds(made_up: dict[str, Any], tmp
     assert rotated(parse(["msgd", "ddp"]), 3)[0].label == "ddp"
 
 
+def test_every_line_says_how_long_the_runs_that_are_left_will_take(made_up: dict[str, Any], tmp_path: Path) -> None:
+    took = {"msgd": 70.0, "ddp": 3600.0}
+    made_up["outcome"] = lambda entry, config: {"wall_s": took[entry.label]}
+    with open_contest(make_comparison(entries=["msgd", "ddp"], seeds=2, steps=7), tmp_path, DIGITS) as one:
+        said = [line.partition("; ")[2] for line in one.run()]
+    # 1. Only msgd is known, and stands for all; then everybody is, and the order of the second seed is ddp, msgd.
+    assert said == [
+        "1 of 4 over, about 0:03:30 to go", "2 of 4 over, about 1:01:10 to go", "3 of 4 over, about 0:01:10 to go", "",
+    ]  # fmt: skip
+
+
 def test_what_is_recorded_is_not_run_again_but_for_what_failed(made_up: dict[str, Any], tmp_path: Path) -> None:
     comparison = make_comparison(entries=["msgd", "ddp", "easgd"], seeds=2, steps=7, workers=2)
     fates = {("ddp", 1): {"status": "failed", "cause": "?"}, ("msgd", 1): {"status": "diverged", "cause": "?"}}

@@ -181,7 +181,7 @@ def test_a_rival_whose_process_dies_is_reported_and_the_rest_goes_on(
         assert cli.main(["compare", *words, "--out", str(tmp_path / "out")]) == cli.FAILED
     assert alone
     said = capsys.readouterr()
-    assert "ddp, seed 0: failed (worker 1 died at step 6: killed by SIGKILL" in said.out
+    assert "ddp, seed 0: failed (worker 1 died at step 6: killed by SIGKILL" in said.out and "1 of 2 over, " in said.out
     assert "sgd, seed 0: test error" in said.out and "easgd-local: error: ddp seed 0: failed; --resume" in said.err
 
 

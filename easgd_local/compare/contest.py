@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from easgd_local import hardware
@@ -25,7 +26,7 @@ from easgd_local.compare.saved import RESULTS, TRIALS, read_comparison, saved_st
 from easgd_local.compare.settings import Comparison, changes
 from easgd_local.compare.standing import edges
 from easgd_local.data import Dataset
-from easgd_local.wording import percent_text, seconds_text
+from easgd_local.wording import clock_text, percent_text, seconds_text
 
 FIRST_PACE_STEPS, PACE_S, TIMED_RUNS = 20, 1.0, 3
 FINAL = ("done", "diverged")  # what failed is run again
@@ -55,12 +56,25 @@ class Contest:
                 if self._recorded(entry, seed) is None:
                     record = self._compared(entry, seed)
                     self._keep(record)
-                    yield f"{entry.label}, seed {seed}: {told(record)}"
+                    yield f"{entry.label}, seed {seed}: {told(record)}{self._outlook()}"
 
     def steps(self, entry: Entry) -> int:
         """Of each worker, in a compared run."""
         fixed = self.comparison.fixed_steps(entry, len(self._dataset.train))
         return self.state["paces"][entry.label]["steps"] if fixed is None else fixed
+
+    def _outlook(self) -> str:
+        """How many of the compared runs are over, and how long the others will take if they take as long as these."""
+        records, seeds, entries = self.records, self.comparison.run_seeds, self.comparison.entries
+        left = [entry.label for entry in entries for seed in seeds if self._recorded(entry, seed) is None]
+        if not left:
+            return ""
+        taken = [(one["label"], one["wall_s"]) for one in records if "wall_s" in one]
+        over = f"; {len(records)} of {len(records) + len(left)} over"
+        if not taken:
+            return over
+        own = {label: [s for other, s in taken if other == label] or [s for _, s in taken] for label in left}
+        return f"{over}, about {clock_text(sum(fmean(own[label]) for label in left))} to go"
 
     def finish(self, **found: Any) -> None:
         """Adds what was made of the records, and saves."""
