@@ -63,15 +63,22 @@ def commit() -> str:
     return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if status else "")
 
 
-def record(rows: Sequence[Row], common: Row, given: argparse.Namespace) -> None:
-    """Prints the rows as a table and appends them to the bench's file (with --quick only where --results says so)."""
-    rows = [{"entry": row["entry"], **common, **row} for row in rows]
-    print(table(rows))
+def record(rows: Iterable[Row], common: Row, given: argparse.Namespace) -> list[Row]:
+    """Appends every row to the bench's file as soon as it is measured (with --quick only where --results says so), and
+    prints them as a table at the end, also at an end before its time; returns them."""
     folder = given.results or (None if given.quick else RESULTS)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{common['bench']}.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    made: list[Row] = []
+    try:
+        for row in rows:
+            made.append({"entry": row["entry"], **common, **row})
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                with open(folder / f"{common['bench']}.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(made[-1]) + "\n")
+    finally:
+        if made:
+            print(table(made), flush=True)
+    return made
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -291,12 +291,12 @@ def able(rig: Rig, entries: list[Entry], vectors: list[DeviceVector]) -> list[En
         try:
             entry.on(vectors)()
             rig.gpu.training.synchronize()
-        except Exception as error:  # a compiler, a header or a kernel is missing: the others can still be timed
+            entry.reference(CpuOps(), arrays)
+            compare(entry.name, [rig.transfer.host(vector) for vector in vectors], arrays)
+        except Exception as error:  # something is missing, or the result is wrong: the others can still be timed
             said = (str(error).strip().splitlines() or [""])[0]
             print(f"{entry.name}: left out, {type(error).__name__}: {said}")
             continue
-        entry.reference(CpuOps(), arrays)
-        compare(entry.name, [rig.transfer.host(vector) for vector in vectors], arrays)
         found.append(entry)
     return found
 
@@ -328,20 +328,16 @@ class Bound:
         self.rig.gpu.training.fill(self.scrubbed.address, 0, len(self.scrubbed))
 
 
-def measure(bound: Bound, entry: Entry, vectors: list[DeviceVector], repetitions: int) -> list[harness.Row]:
+def measure(bound: Bound, entry: Entry, vectors: list[DeviceVector], repetitions: int) -> Iterator[harness.Row]:
     """Rows of one entry at one length, warm and cold."""
     moved_bytes, operation = entry.bytes_per_element * len(vectors[0]), entry.on(vectors)
     copy = partial(bound.copy, moved_bytes)
-    rows = []
     for cache in ("warm", "cold"):
         launches = 1 if cache == "cold" else int(np.clip(WARM_BYTES // moved_bytes, 1, MOST_LAUNCHES))
         before = bound.scrub if cache == "cold" else lambda: None
-        seconds = []
-        for _ in range(repetitions + 1):  # the first is not counted
-            pair = [bound.rig.timed(partial(repeat, one, launches), before, launches)[0] for one in (operation, copy)]
-            seconds.append([one / launches for one in pair])
-        rows.append(row(entry, len(vectors[0]), cache, np.array(seconds[1:])))
-    return rows
+        pair = [bound.rig.timer(partial(repeat, one, launches), before) for one in (operation, copy)]
+        seconds = [[timer()[0] / launches for timer in pair] for _ in range(repetitions + 1)]
+        yield row(entry, len(vectors[0]), cache, np.array(seconds[1:]))  # the first is not counted
 
 
 def repeat(operation: Enqueue, times: int) -> None:
@@ -364,7 +360,7 @@ def row(entry: Entry, floats: int, cache: str, seconds: Any) -> harness.Row:
     }
 
 
-def run(rig: Rig, lengths: tuple[int, ...], repetitions: int, scrub_bytes: int) -> list[harness.Row]:
+def run(rig: Rig, lengths: tuple[int, ...], repetitions: int, scrub_bytes: int) -> Iterator[harness.Row]:
     """All rows."""
     check(rig)
     entries = ours(rig)
@@ -376,13 +372,12 @@ def run(rig: Rig, lengths: tuple[int, ...], repetitions: int, scrub_bytes: int) 
         print("The driver only pretends: torch and CuPy cannot compute in its memory, so there are no rivals.")
     else:
         entries += able(rig, rivals(rig.stream.cuda_stream), [place[: min(lengths)] for place in places])
-    arrays, rows = [values(max(lengths), seed) for seed in range(len(places))], []
+    arrays = [values(max(lengths), seed) for seed in range(len(places))]
     for floats in lengths:
         vectors = [place[:floats] for place in places]
         for entry in entries:
             load(rig, vectors, [array[:floats] for array in arrays])
-            rows += measure(bound, entry, vectors, repetitions)
-    return rows
+            yield from measure(bound, entry, vectors, repetitions)
 
 
 def main() -> None:
@@ -394,8 +389,8 @@ def main() -> None:
     common = about("kernels", graphics)
     with Rig(graphics) as rig:
         repetitions = given.repetitions or (QUICK_REPETITIONS if given.quick else REPETITIONS)
-        rows = run(rig, lengths, repetitions, QUICK_SCRUB_BYTES if given.quick else SCRUB_BYTES)
-    record(rows, common, given)
+        scrub_bytes = QUICK_SCRUB_BYTES if given.quick else SCRUB_BYTES
+        record(run(rig, lengths, repetitions, scrub_bytes), common, given)
 
 
 if __name__ == "__main__":

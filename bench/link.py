@@ -21,9 +21,10 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, Protocol
 
 import harness
 import numpy as np
@@ -40,7 +41,8 @@ TOTAL_BYTES, QUICK_TOTAL_BYTES = 256 << 20, 32 << 20
 REPETITIONS, QUICK_REPETITIONS = 21, 3
 CHECKED_FLOATS, CHECKED_BLOCK_BYTES = 100_003, 64 << 10
 ALPHA = 0.45
-HOLD_CYCLES, LAUNCH_CYCLES = 1_000_000, 200_000  # about half a millisecond, and a tenth
+HOLD_CYCLES = 1_000_000  # about half a millisecond
+HOST_CYCLES_PER_S, MOST_HOLDS = 4e9, 4  # no GPU's clock is that fast
 NO_GPU = 2  # exit code
 
 Enqueue = Callable[[], None]
@@ -59,10 +61,15 @@ def driver_for(bench: str) -> Driver:
 
 def graphics_for(bench: str, given: argparse.Namespace) -> Graphics:
     """The GPUs and their kernels; what is missing ends the process with one sentence. Starts CUDA in this process."""
+    set_environment()
     driver = driver_for(bench)
     if driver.pretended and given.results and given.results.resolve().is_relative_to(harness.RESULTS):
         give_up(f"{bench}: results={given.results}: the driver only pretends to be one; give a folder outside of it.")
-    set_environment()
+    if not driver.pretended:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(0)  # torch holds the context, or it would end when `look` is through with it
     try:
         return look()
     except ValueError as error:
@@ -83,11 +90,11 @@ def about(bench: str, graphics: Graphics) -> harness.Row:
     return {**common, "pretended": True} if graphics.pretended else common
 
 
-def record(rows: Sequence[harness.Row], common: harness.Row, given: argparse.Namespace) -> None:
+def record(rows: Iterable[harness.Row], common: harness.Row, given: argparse.Namespace) -> list[harness.Row]:
     """`harness.record`, but pretended rows go nowhere by themselves."""
     if "pretended" in common:
         given = argparse.Namespace(**{**vars(given), "quick": True})
-    harness.record(rows, common, given)
+    return harness.record(rows, common, given)
 
 
 class Rig:
@@ -104,41 +111,69 @@ class Rig:
         self.gpu = Gpu(graphics.images_for(0), 0, self.stream.cuda_stream if self.stream else 0)
         self.ops, self.transfer = CudaOps(self.gpu), Transfer(self.gpu)
 
-    def timed(self, enqueue: Enqueue, before: Enqueue = lambda: None, launches: int = 0) -> tuple[float, float]:
-        """Seconds of the device for what is enqueued behind `before`, and of the host for enqueueing it.
-
-        The device sets off late enough for so many launches to be enqueued.
-        """
-        return self._by_clock(enqueue, before) if self.pretended else self._by_events(enqueue, before, launches)
-
-    def _by_events(self, enqueue: Enqueue, before: Enqueue, launches: int) -> tuple[float, float]:
-        import torch
-
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before()
-        torch.cuda._sleep(HOLD_CYCLES + launches * LAUNCH_CYCLES)  # or the device would wait for the host meanwhile
-        begin.record(self.stream)
-        began = time.perf_counter()
-        enqueue()
-        host_s = time.perf_counter() - began
-        end.record(self.stream)
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3, host_s
-
-    def _by_clock(self, enqueue: Enqueue, before: Enqueue) -> tuple[float, float]:
-        before()
-        self.gpu.training.synchronize()
-        began = time.perf_counter()
-        enqueue()
-        host_s = time.perf_counter() - began
-        self.gpu.training.synchronize()
-        return time.perf_counter() - began, host_s
+    def timer(self, enqueue: Enqueue, before: Enqueue = lambda: None) -> Timer:
+        """For what is enqueued behind `before`."""
+        return TimerByClock(self, enqueue, before) if self.pretended else TimerByEvents(self, enqueue, before)
 
     def __enter__(self) -> Rig:
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.gpu.__exit__(*exc)
+
+
+class Timer(Protocol):
+    """A call: seconds of the device for what is enqueued, and of the host for enqueueing it."""
+
+    def __call__(self) -> tuple[float, float]: ...
+
+
+class TimerByEvents:
+    """The device is held back until all is enqueued, or it would wait for the host meanwhile. If that was not long
+    enough, the next try holds it longer, and so do all later calls; after `MOST_HOLDS` tries the last one counts, since
+    more than the device's queue takes cannot be enqueued beforehand."""
+
+    def __init__(self, rig: Rig, enqueue: Enqueue, before: Enqueue) -> None:
+        self._rig, self._enqueue, self._before, self._hold = rig, enqueue, before, HOLD_CYCLES
+
+    def __call__(self) -> tuple[float, float]:
+        for _ in range(MOST_HOLDS):
+            early, device_s, host_s = self._try()
+            if not early:
+                break
+            self._hold = max(2 * self._hold, int(HOST_CYCLES_PER_S * host_s))
+        return device_s, host_s
+
+    def _try(self) -> tuple[bool, float, float]:
+        """Whether the device set off too early, and the two times."""
+        import torch
+
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._before()
+        torch.cuda._sleep(self._hold)
+        begin.record(self._rig.stream)
+        began = time.perf_counter()
+        self._enqueue()
+        host_s, early = time.perf_counter() - began, begin.query()
+        end.record(self._rig.stream)
+        end.synchronize()
+        return early, begin.elapsed_time(end) / 1e3, host_s
+
+
+class TimerByClock:
+    """The host's clock, for a driver that only pretends."""
+
+    def __init__(self, rig: Rig, enqueue: Enqueue, before: Enqueue) -> None:
+        self._training, self._enqueue, self._before = rig.gpu.training, enqueue, before
+
+    def __call__(self) -> tuple[float, float]:
+        self._before()
+        self._training.synchronize()
+        began = time.perf_counter()
+        self._enqueue()
+        host_s = time.perf_counter() - began
+        self._training.synchronize()
+        return time.perf_counter() - began, host_s
 
 
 # The link
@@ -254,7 +289,7 @@ class ZeroCopy:
             self._ops.pull(ends.target[b], ends.mapped_received[b], ends.source[b], ALPHA)
 
 
-def measure(rig: Rig, ends: Ends, repetitions: int) -> list[harness.Row]:
+def measure(rig: Rig, ends: Ends, repetitions: int) -> Iterator[harness.Row]:
     """Rows of every way and every size of blocks."""
     total_bytes, kernels = 4 * ends.n, ZeroCopy(ends, rig.ops)
     ends.sent[:] = ends.received[:] = 1.0
@@ -268,16 +303,15 @@ def measure(rig: Rig, ends: Ends, repetitions: int) -> list[harness.Row]:
         "zero-copy back": (kernels.back, ends.back, total_bytes),
         "zero-copy pull": (kernels.pull, ends.both, 2 * total_bytes),
     }
-    rows = []
     for way, (carry, bound, size_bytes) in ways.items():
         for block_bytes in BLOCKS_BYTES:
+            carrying, whole = rig.timer(partial(carry, block_bytes)), rig.timer(partial(bound, total_bytes))
             timings, whole_s = [], []
             for _ in range(repetitions + 1):  # the first is not counted
-                timings.append(rig.timed(lambda: carry(block_bytes)))  # noqa: B023
-                whole_s.append(rig.timed(lambda: bound(total_bytes))[0])  # noqa: B023
+                timings.append(carrying())
+                whole_s.append(whole()[0])
             entry = f"{way}, blocks of {block_bytes >> 10} KiB"
-            rows.append(row(entry, size_bytes, -(-total_bytes // block_bytes), timings[1:], whole_s[1:]))
-    return rows
+            yield row(entry, size_bytes, -(-total_bytes // block_bytes), timings[1:], whole_s[1:])
 
 
 def row(entry: str, size_bytes: int, blocks: int, timings: Any, whole_s: list[float]) -> harness.Row:
@@ -335,8 +369,7 @@ def main() -> None:
         with Ends(rig.gpu, CHECKED_FLOATS) as ends:
             check(rig, ends)
         with Ends(rig.gpu, total_bytes // 4) as ends:
-            rows = measure(rig, ends, repetitions)
-    record(rows, common, given)
+            record(measure(rig, ends, repetitions), common, given)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from easgd_local.graphics import Graphics
 from easgd_local.stream_words import WAYS
 
 QUESTION = "Are a million blocks, written by one process and read by another in the order of streams, whole and new?"
-BLOCKS = {"memops": 1_000_000, "kernels": 100_000}  # a kernel that waits keeps the GPU from the other process
+BLOCKS = {"memops": 500_000, "kernels": 50_000}  # by each carrier; a kernel that waits keeps the GPU from the other one
 QUICK_BLOCKS = 3000
 FLOATS, SLOTS = 256, 256
 CARRIERS = ("copies", "zero-copy")
@@ -241,12 +241,12 @@ def main() -> None:
     graphics = graphics_for("ordering", given)
     if graphics.words == "processor":
         give_up("ordering: the streams of this machine cannot wait for words: the processor would wait in their place.")
-    common, rows = about("ordering", graphics), []
-    for words in ("memops", "kernels") if graphics.words == "memops" else ("kernels",):
-        for carrier in CARRIERS:
-            blocks = given.blocks or (QUICK_BLOCKS if given.quick else BLOCKS[words])
-            rows.append(measure(graphics, carrier, words, blocks))
-    record(rows, common, given)
+    ways = [(carrier, words) for words in BLOCKS if words in ("kernels", graphics.words) for carrier in CARRIERS]
+    blocks = {words: given.blocks or (QUICK_BLOCKS if given.quick else count) for words, count in BLOCKS.items()}
+    rows = record(
+        (measure(graphics, carrier, words, blocks[words]) for carrier, words in ways),
+        about("ordering", graphics), given,
+    )  # fmt: skip
     wrong = sum(row["stale_blocks"] + row["torn_blocks"] for row in rows)
     print(f"{sum(row['blocks'] for row in rows):,} blocks, {wrong} of them stale or torn.")
     raise SystemExit(1 if wrong else 0)

@@ -7,6 +7,9 @@ earlier exchange holds up. The floor is what the link needs for the same bytes: 
 time, as many floats to the device and as many back at once, by the copy engines, in blocks of 4 MiB. Exchange and floor
 take turns. Both are seen by the host, which looks when the device is done.
 
+Processes that share a GPU take turns on it by the driver's slices of time, so only p = 1 says what a GPU of one's own
+would need; p > 1 says what that sharing costs.
+
 Exchanges: `overlap` brings blocks to the device and back beside the kernels, `zerocopy` lets the kernels reach through
 the link. Words: turns are waited for by the driver's operations in streams (`memops`) or by kernels that look again.
 
@@ -178,7 +181,7 @@ def row(graphics: Graphics, layout: Layout, told: list[Measured]) -> harness.Row
     enqueue_us = 1e6 * np.mean([one.enqueue_s for one in told], axis=0) / layout.blocks
     moved_gb = 8e-9 * layout.n * layout.workers
     return {
-        "entry": f"{graphics.exchange}, {graphics.words}, p = {layout.workers}",
+        "entry": f"{graphics.exchange}, {graphics.words}, p = {layout.workers} on one GPU",
         "floats": layout.n,
         "blocks": layout.blocks,
         "exchange_s": harness.spread(exchange_s),
@@ -211,10 +214,9 @@ def main() -> None:
     repetitions = given.repetitions or (QUICK_REPETITIONS if given.quick else REPETITIONS)
     block_bytes = QUICK_BLOCK_BYTES if given.quick else BLOCK_BYTES
     graphics = graphics_for("stream_exchange", given)
-    common, rows = about("stream_exchange", graphics), []
-    for workers in given.workers:
-        rows += measure(ways(graphics), Layout(workers, floats, block_bytes=block_bytes), repetitions)
-    record(rows, common, given)
+    common, chosen = about("stream_exchange", graphics), ways(graphics)
+    layouts = [Layout(workers, floats, block_bytes=block_bytes) for workers in given.workers]
+    record((one for layout in layouts for one in measure(chosen, layout, repetitions)), common, given)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 p workers share GPU 0 and train by EASGD as `easgd-local train` does, on random pictures that lie on the device, at
 τ = 1, 10 and 64, with the exchange beside the gradient (`overlap`) and before it (`inline`). The bound is the same
 workers with τ so large that they never meet. `step_s` is from one moment at which nothing is enqueued to another, over
-the steps between, and `lost` the part of a step that the bound does without.
+the steps between, and `lost` the part of a step that the bound does without. Workers that share a GPU take turns on it
+by the driver's slices of time, so only p = 1 says what a worker with a GPU of its own loses.
 
-The model is torchvision's ResNet-50, 25.6 million parameters. bfloat16, channels last.
+The model is torchvision's ResNet-50, 25.6 million parameters. bfloat16, channels last, and as `train` does it only
+kernels that give the same bits every time; with --nondeterministic the fastest that cuDNN finds, for steps that leave
+the exchange less room.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import multiprocessing as mp
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -38,13 +42,16 @@ from easgd_local.worker import TrainingPlan, Worker
 
 QUESTION = "What does training lose to the exchange on a GPU?"
 NEVER = 2**30  # a period that no run reaches
-SETTINGS = ((NEVER, "overlap"), (1, "overlap"), (10, "overlap"), (64, "overlap"), (1, "inline"), (10, "inline"))
-WORKERS, QUICK_WORKERS = (1, 4), (2,)
-STEPS, QUICK_STEPS = 64, 4  # of one repetition, a multiple of every period
+BOUND, FEW = (NEVER, "overlap"), ((1, "overlap"), (10, "overlap"))
+SETTINGS = {1: (BOUND, *FEW, (64, "overlap"), (1, "inline"), (10, "inline")), 4: (BOUND, *FEW)}  # by p
+QUICK_SETTINGS = {2: (BOUND, FEW[0])}
+LEAST_STEPS, QUICK_STEPS = 60, 4  # of one repetition, which are whole periods
 REPETITIONS, QUICK_REPETITIONS = 5, 2
 BATCH, SIDE, STORED, PICTURES = 64, 224, 232, 512
 QUICK_BATCH, QUICK_SIDE = 4, 8
 PATIENCE_S = 300.0
+
+Setting = tuple[int, str]  # τ and the way of exchanging
 
 
 def network(shape: tuple[int, int, int], classes: int) -> Any:
@@ -66,43 +73,42 @@ def pictures(quick: bool) -> Dataset:
     return Dataset("random", split, split, tuple("0123456789"), scale=1 / 255, crop=crop, flip=not quick)
 
 
-def plan_for(layout: Layout, graphics: Graphics, tau: int, quick: bool) -> TrainingPlan:
+def plan_for(layout: Layout, graphics: Graphics, tau: int, given: Any) -> TrainingPlan:
     """What the workers of one setting agree on."""
-    computing = Computing() if graphics.pretended else Computing("bf16", True, "cuda", pictures_on_device=True)
+    computing = Computing()
+    if not graphics.pretended:
+        computing = Computing(
+            "bf16", True, "cuda", deterministic=not given.nondeterministic, pictures_on_device=True
+        )  # fmt: skip
     return TrainingPlan(
         rule=EASGD(tau=tau, lr=1e-3), learning_rate=LearningRate("constant", 1e-3, NEVER),
         calendar=Calendar(tau, NEVER), layout=layout, turns="strict", buffers="average", threads=1, seed=0,
         folder=Path(), report_every=NEVER, graphics=graphics, model="", shape=(3, SIDE, SIDE), classes=10,
-        batch_size=QUICK_BATCH if quick else BATCH, sampling="independent", weight_decay=1e-4, computing=computing,
-        evaluation_samples=1,
+        batch_size=QUICK_BATCH if given.quick else BATCH, sampling="independent", weight_decay=1e-4,
+        computing=computing, evaluation_samples=1,
     )  # fmt: skip
 
 
-def measure(graphics: Graphics, workers: int, given: Any) -> list[harness.Row]:
-    """Rows for p = workers, one a setting."""
+def measure(graphics: Graphics, workers: int, settings: tuple[Setting, ...], given: Any) -> Iterator[harness.Row]:
+    """Rows for p = workers, one a setting; the bound is the first of them."""
     n = Flat(network(pictures(given.quick).input_shape, 10)).n
-    repetitions = given.repetitions or (QUICK_REPETITIONS if given.quick else REPETITIONS)
-    steps = QUICK_STEPS if given.quick else STEPS
-    context = mp.get_context("spawn")
-    settings = SETTINGS[:2] if given.quick else SETTINGS
-    times = []
+    bound = None
     for setting in settings:  # each has a center and processes of its own: all at once would not fit every GPU
         with Center.create(Layout(workers, n)) as center:
-            times.append(together(context, center, graphics, setting, steps, repetitions, given.quick))
-    return [row(workers, n, setting, one, times[0]) for setting, one in zip(settings, times, strict=True)]
+            times = together(center, graphics, setting, given)
+        bound = bound or times
+        yield row(workers, n, setting, given.nondeterministic, times, bound)
 
 
-def together(
-    context: Any, center: Center, graphics: Graphics, setting: tuple[int, str], steps: int, repetitions: int,
-    quick: bool,
-) -> list[float]:  # fmt: skip
+def together(center: Center, graphics: Graphics, setting: Setting, given: Any) -> list[float]:
     """Seconds of a step in each repetition, the mean over the workers."""
+    context = mp.get_context("spawn")
     workers, barrier = center.layout.workers, context.Barrier(center.layout.workers)
     pipes = [context.Pipe() for _ in range(workers)]
     path = f"/proc/{os.getpid()}/fd/{center.fd}"
     processes = [
         context.Process(
-            target=work, args=(rank, path, center.layout, graphics, setting, steps, repetitions, quick, barrier, theirs)
+            target=work, args=(rank, path, center.layout, graphics, setting, given, barrier, theirs)
         )
         for rank, (_, theirs) in enumerate(pipes)
     ]  # fmt: skip
@@ -122,15 +128,17 @@ def together(
 
 
 def work(
-    rank: int, path: str, layout: Layout, graphics: Graphics, setting: tuple[int, str], steps: int, repetitions: int,
-    quick: bool, barrier: Barrier, conn: Connection,
+    rank: int, path: str, layout: Layout, graphics: Graphics, setting: Setting, given: Any, barrier: Barrier,
+    conn: Connection,
 ) -> None:  # fmt: skip
     """One worker: warms up, then times; sends seconds of a step."""
     tau, exchange = setting
-    plan = plan_for(layout, replace(graphics, exchange=exchange), tau, quick)
+    repetitions = given.repetitions or (QUICK_REPETITIONS if given.quick else REPETITIONS)
+    steps = QUICK_STEPS if given.quick else LEAST_STEPS if tau == NEVER else tau * -(-LEAST_STEPS // tau)
+    plan = plan_for(layout, replace(graphics, exchange=exchange), tau, given)
     plan.computing.set_up()
     center = Center.attach(layout, os.open(path, os.O_RDWR))
-    dataset = pictures(quick)
+    dataset = pictures(given.quick)
     place = OnGpu(center, rank, plan.calendar, replace(graphics, exchange=exchange))
     sampler = plan.sampler(rank, len(dataset.train))
     gradient = Gradient(
@@ -152,30 +160,35 @@ def timed(worker: Worker, steps: int, barrier: Barrier) -> float:
     barrier.wait(PATIENCE_S)
     began = time.perf_counter()
     for _ in range(steps):
-        worker._rule.step(worker)
-        worker._place.step_made()
+        worker.make_step()
         worker.t += 1
     worker.drain()
     return time.perf_counter() - began
 
 
-def row(workers: int, n: int, setting: tuple[int, str], times: list[float], bound: list[float]) -> harness.Row:
+def row(
+    workers: int, n: int, setting: Setting, nondeterministic: bool, times: list[float], bound: list[float]
+) -> harness.Row:
     """One setting; what it loses is taken against the median of the bound."""
     tau, exchange = setting
     base = statistics.median(bound)
     name = "no exchange" if tau == NEVER else f"tau = {tau}, {exchange}"
     return {
-        "entry": f"p = {workers}, {name}", "workers": workers, "floats": n, "step_s": harness.spread(times),
+        "entry": f"p = {workers} on one GPU, {name}{', nondeterministic' if nondeterministic else ''}",
+        "workers": workers, "floats": n, "step_s": harness.spread(times),
         "lost": harness.spread(1 - base / one for one in times),
     }  # fmt: skip
 
 
 def main() -> None:
-    given = harness.arguments(QUESTION).parse_args()
+    parser = harness.arguments(QUESTION)
+    parser.add_argument("--nondeterministic", action="store_true", help="let cuDNN choose the fastest kernels")
+    given = parser.parse_args()
     graphics = graphics_for("throughput_gpu", given)
     common = about("throughput_gpu", graphics)
-    counts = QUICK_WORKERS if given.quick else WORKERS
-    record([row for workers in counts for row in measure(graphics, workers, given)], common, given)
+    settings = QUICK_SETTINGS if given.quick else SETTINGS
+    rows = (row for workers, chosen in settings.items() for row in measure(graphics, workers, chosen, given))
+    record(rows, common, given)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,12 @@ class Worker(Visitor):
     def samples_per_step(self) -> int | None:
         return self._gradient.samples_per_step
 
+    def make_step(self) -> None:
+        """One step of the rule, on a GPU only enqueued; the clock stays."""
+        self._rule.step(self)
+        self._draw_buffers()
+        self._place.step_made()
+
     def run(self) -> None:
         """Steps until the calendar's last; raises `Stopped` after saving its state when the launcher asks for that."""
         plan = self._plan
@@ -147,9 +153,7 @@ class Worker(Visitor):
             began = time.perf_counter() - self._turns.wait_s
             if faults.due(plan.faults, "nan", self.rank, self.t):
                 self.ops.fill(self.x[: self._gradient.n // 2], float("nan"))
-            self._rule.step(self)
-            self._draw_buffers()
-            self._place.step_made()
+            self.make_step()
             self._count_step(self._gradient.loss)
             self._report_now_and_then()
             faults.keep_pace(plan.faults, self.rank, self.t, time.perf_counter() - self._turns.wait_s - began)

@@ -1,5 +1,6 @@
 """The benches run, check their results and write rows that can be read; what they measure is not looked at here."""
 
+import importlib
 import json
 import math
 import runpy
@@ -63,6 +64,25 @@ def test_without_a_gpu_a_bench_of_one_says_so_in_a_sentence(name, monkeypatch):
     done = subprocess.run([sys.executable, BENCH / f"{name}.py", "--quick"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "no GPU: NVIDIA's driver was not found (libno.so" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "seen"),
+    [
+        ("try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('found so far: 3')", "found so far: 3"),
+        ("signal.signal(signal.SIGINT, signal.SIG_IGN)\nctypes.CDLL(None).sleep(60)", "Fatal Python error: Aborted"),
+    ],
+    ids=["interrupted", "hung in a library"],
+)  # fmt: skip
+def test_what_runs_into_its_limit_on_a_gpu_still_says_what_it_has_found_or_where_it_hangs(
+    code, seen, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(BENCH)
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu, "GRACE_S", 1.0)
+    step = gpu.Step("slow", ("-c", f"import ctypes, signal, time\n{code}"), 1)
+    outcome = gpu.run(step, [], 1.0, tmp_path / "log")
+    assert outcome.failure == "not done within 1 s" and seen in (tmp_path / "log").read_text()
 
 
 def check_rows(name, printed, folder):

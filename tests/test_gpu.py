@@ -55,6 +55,12 @@ def found() -> Graphics:
     return graphics
 
 
+@pytest.fixture(scope="session", autouse=True)
+def context() -> None:
+    """This process keeps the device's context, so that not every test makes one anew."""
+    torch.zeros(1, device="cuda")
+
+
 @pytest.fixture
 def slow() -> None:
     """A real GPU is not made slower."""
