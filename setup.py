@@ -26,7 +26,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.5",
     "setuptools>=77",
-    "tensorboard>=2.16",
+    "tensorboard>=2.17",
     "wheel>=0.43",
 ]
 
@@ -57,7 +57,7 @@ setup(
     extras_require={
         "cuda12": CUDA_12,
         "cuda13": CUDA_13,
-        "tensorboard": ["tensorboard>=2.16"],
+        "tensorboard": ["tensorboard>=2.17"],
         "test": TEST + CUDA_13,
         "test-cuda12": TEST + CUDA_12,
         "lint": ["mypy>=1.11", "ruff>=0.6"],

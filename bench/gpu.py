@@ -93,7 +93,7 @@ def run(step: Step, extra: list[str], limit_s: float, log: Path) -> Outcome:
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, *step.words, *extra], cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=heed_interrupts,
         )  # fmt: skip
         try:
             code = process.wait(limit_s)
@@ -105,6 +105,11 @@ def run(step: Step, extra: list[str], limit_s: float, log: Path) -> Outcome:
     if step is TESTS and not failure and " passed" not in log.read_text("utf-8").splitlines()[-1]:
         failure = "no test passed"
     return Outcome(step.name, time.monotonic() - began, failure)
+
+
+def heed_interrupts() -> None:
+    """In a child: a shell's background job, and what it starts, would ignore them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

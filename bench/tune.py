@@ -15,7 +15,7 @@ import contextlib
 import tempfile
 from pathlib import Path
 
-from harness import about, arguments, record, spread
+from harness import Row, about, arguments, record, spread
 
 from easgd_local.config import Config
 from easgd_local.rules import RULES, rule_class
@@ -31,19 +31,21 @@ def error_of(name: str, lr: float, seed: int) -> float:
     return float(summary["test_error"]) if summary["status"] == "done" else 1.0
 
 
+def tried(name: str, lr: float, seeds: int) -> Row:
+    """The row of a step size."""
+    errors = [error_of(name, lr, seed) for seed in range(seeds)]
+    return {"entry": f"{name} lr={lr:g}", "test_error": spread(errors), "worst_test_error": max(errors)}
+
+
 def main() -> None:
     parser = arguments("Which step size of each rule gives the least test error on the digits?")
     parser.add_argument("rules", nargs="*", metavar="RULE", help="the rules to try; default all")
     parser.add_argument("--lr", type=float, nargs="+", help="the step sizes to try")
     given = parser.parse_args()
-    grid = given.lr or ((0.01, 0.05) if given.quick else GRID)
-    common, rows = about("tune"), []
-    seeds = range(given.repetitions or (1 if given.quick else 3))
-    for name in given.rules or (["downpour"] if given.quick else RULES):
-        for lr in grid:
-            errors = [error_of(name, lr, seed) for seed in seeds]
-            rows.append({"entry": f"{name} lr={lr:g}", "test_error": spread(errors), "worst_test_error": max(errors)})
-    record(rows, common, given)
+    grid = given.lr or ((0.01,) if given.quick else GRID)
+    names = given.rules or (["downpour"] if given.quick else RULES)
+    seeds = given.repetitions or (1 if given.quick else 3)
+    record((tried(name, lr, seeds) for name in names for lr in grid), about("tune"), given)
 
 
 if __name__ == "__main__":

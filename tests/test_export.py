@@ -35,11 +35,15 @@ def killed(folder: str) -> Path:
     return Path(folder)
 
 
+def load_pt(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)
+
+
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("ending, load", [(".pt", torch.load), (".safetensors", load_file)])
+@pytest.mark.parametrize("ending, load", [(".pt", load_pt), (".safetensors", load_file)])
 def test_a_state_dict_loads_into_the_plain_module(ending: str, load: Any, run: Runner, tmp_path: Path) -> None:
     folder = run()["folder"]
     said = list(export(folder, str(tmp_path / f"model{ending}")))
@@ -68,10 +72,10 @@ def test_a_program_holds_the_network_and_takes_any_number_of_pictures(run: Runne
 def test_the_center_of_a_checkpoint_is_that_of_a_run_that_ended_there(rule: Any, run: Runner, tmp_path: Path) -> None:
     folder = run(rule=rule, steps=40, checkpoint_every=20)["folder"]
     list(export(folder, str(tmp_path / "middle.pt"), step=20))
-    assert equal(torch.load(tmp_path / "middle.pt"), load_center(run(rule=rule, steps=20)["folder"]))
+    assert equal(load_pt(tmp_path / "middle.pt"), load_center(run(rule=rule, steps=20)["folder"]))
     ended = load_center(folder)
     said = list(export(str(killed(folder)), str(tmp_path / "newest.pt")))
-    assert equal(torch.load(tmp_path / "newest.pt"), ended) and "at step 40" in said[0]
+    assert equal(load_pt(tmp_path / "newest.pt"), ended) and "at step 40" in said[0]
 
 
 def test_of_an_end_and_a_later_checkpoint_the_later_is_taken(run: Runner, tmp_path: Path) -> None:
@@ -172,4 +176,4 @@ def test_of_a_loop_of_ones_own_there_is_a_state_dict_and_no_program(run: Runner,
     with pytest.raises(ValueError, match=r"the model is a loop's own, which knows it alone; choose \.pt or"):
         list(export(str(folder), str(tmp_path / "model.pt2")))
     list(export(str(folder), str(tmp_path / "model.pt")))
-    assert len(torch.load(tmp_path / "model.pt")) == 6
+    assert len(load_pt(tmp_path / "model.pt")) == 6

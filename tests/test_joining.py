@@ -71,7 +71,8 @@ def test_a_run_under_torchrun_on_gpus_is_the_same_as_a_launched_one_on_the_cpu(t
         launched = easgd.launch(loops.train, workers=2, threads=1, view=False, out=tmp_path / "launched")
     assert summary["center_sha256"] == launched.summary["center_sha256"]
     assert [report["state"] for report in summary["worker_reports"]] == ["finished", "finished"]
-    left = torch.load(tmp_path / "model-0.pt")  # saved after the block: the worker's own memory is given back
+    # Saved after the block: the worker's own memory is given back.
+    left = torch.load(tmp_path / "model-0.pt", weights_only=True)
     assert torch.isfinite(left["1.weight"]).all() and left["1.weight"].any()
 
 
