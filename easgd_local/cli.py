@@ -1,41 +1,37 @@
-"""The command line: flags derived from the dataclasses, one sentence for each mistake. Prints, never computes."""
+"""The command line. Prints, never computes."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
-import re
-import shutil
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from easgd_local import __version__
+from easgd_local.argument_types import whole
 from easgd_local.compare import command as compare_command
 from easgd_local.compare.rivals import RIVALS
 from easgd_local.compare.settings import COMMON, OTHERWISE
-from easgd_local.config import CHOICES, WORKERS, Config, refuse_change
+from easgd_local.config import WORKERS, Config, refuse_change
+from easgd_local.flags import PARSERS, add_config_flags, add_rule_flags, flag, names_of, rule_fields
 from easgd_local.rules import RULES, rule_class
-from easgd_local.rules.base import Rule, plain_type
+from easgd_local.rules.base import Rule
 from easgd_local.simulate import command as simulate_command
 from easgd_local.theory import command as theory_command
+from easgd_local.usage import USAGE, Parser, complain
 from easgd_local.workloads import tuned
 
 if TYPE_CHECKING:
     from easgd_local.prepare import Prepared
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, INTERRUPTED = 0, 1, 130
 EXIT_CODES = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
 INTERRUPTED_EARLY = "interrupted before the training began."
-NOT_FLAGS = {"rule", "faults"}
-FOLDERS = {"data_dir", "out"}
 DOCTOR_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
     ("model", str, "mlp", "model to time (default mlp)"),
     ("data", str, "digits", "data set to time it on (default digits)"),
@@ -43,25 +39,6 @@ DOCTOR_FLAGS: tuple[tuple[str, type, Any, str], ...] = (
     ("tau", int, 10, "communication period τ, in steps (default 10)"),
     ("batch_size", int, 32, "samples per step (default 32)"),
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors are one sentence on one line."""
-
-    def __init__(self, **values: Any) -> None:
-        super().__init__(**values, allow_abbrev=False, formatter_class=_formatter)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Knows them all or complains, so that the complaint is the subcommand's and not the topmost parser's."""
-        known, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return known, []
-
-    def error(self, message: str) -> NoReturn:
-        """Says what is wrong and leaves with exit code 2."""
-        _complain(_sentence(message, self))
-        raise SystemExit(USAGE)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 interrupted.",
     )  # fmt: skip
     train.add_argument("rule", metavar="RULE", help=f"the algorithm: {', '.join(RULES)}")
-    _add_rule_flags(train.add_argument_group("the rule"))
+    add_rule_flags(train.add_argument_group("the rule"))
     run = train.add_argument_group("the run")
     add_config_flags(run)
     run.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
@@ -105,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     simulate.add_argument("rules", metavar="RULE", nargs="+", help=f"the algorithms: {', '.join(RULES)}")
     simulate_command.add_flags(simulate)
-    _add_rule_flags(simulate.add_argument_group("the rules"), without="tau")
+    add_rule_flags(simulate.add_argument_group("the rules"), without="tau")
     export = commands.add_parser(
         "export", help="write the center of a run as a file that plain torch loads",
         usage="easgd-local export RUN [--flag VALUE ...]", argument_default=argparse.SUPPRESS,
@@ -116,14 +93,14 @@ def parser() -> argparse.ArgumentParser:
         "--to", metavar="FILE", help="what to write: .pt or .safetensors, a state dict, or .pt2, a program of "
         "torch.export with the network in it (default center.pt in RUN)"
     )  # fmt: skip
-    export.add_argument("--step", type=_whole, metavar="N", help="the checkpoint of this step instead of the newest")
+    export.add_argument("--step", type=whole, metavar="N", help="the checkpoint of this step instead of the newest")
     doctor = commands.add_parser(
         "doctor", help="say what this machine can do", usage="easgd-local doctor [--flag VALUE ...]",
         description="Looks at processor, memory and GPUs, and times one step and one exchange of a model.",
     )  # fmt: skip
     for name, kind, default, text in DOCTOR_FLAGS:
         word = "N" if kind is int else "NAME"
-        doctor.add_argument(_flag(name), type=PARSERS.get(kind, str), default=default, metavar=word, help=text)
+        doctor.add_argument(flag(name), type=PARSERS.get(kind, str), default=default, metavar=word, help=text)
     return top
 
 
@@ -144,7 +121,7 @@ def _doctor(arguments: dict[str, Any]) -> int:
         for one in examine(**arguments):
             print(f"{one.subject:<11} {one.found}{f'  -> {one.remedy}' if one.remedy else ''}", flush=True)
     except (ValueError, MemoryError) as error:
-        _complain(str(error) or "there is not enough memory for this; choose a smaller model.")
+        complain(str(error) or "there is not enough memory for this; choose a smaller model.")
         return USAGE
     return DONE
 
@@ -156,13 +133,13 @@ def _export(arguments: dict[str, Any]) -> int:
         for line in export(**arguments):
             print(line, flush=True)
     except ValueError as error:
-        _complain(str(error))
+        complain(str(error))
         return USAGE
     except OSError as error:
-        _complain(f"{error.filename}: cannot be written ({error.strerror}); give another --to.")
+        complain(f"{error.filename}: cannot be written ({error.strerror}); give another --to.")
         return FAILED
     except KeyboardInterrupt:
-        _complain("interrupted; nothing has been written.")
+        complain("interrupted; nothing has been written.")
         return INTERRUPTED
     return DONE
 
@@ -172,17 +149,17 @@ def _draw(execute: Callable[..., Iterable[str]], arguments: dict[str, Any]) -> i
         for line in execute(**arguments):
             print(line, flush=True)
     except (ValueError, MemoryError) as error:
-        _complain(str(error))
+        complain(str(error))
         return USAGE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
-        _complain("whoever read the output has left; files not named yet are as they were.")
+        complain("whoever read the output has left; files not named yet are as they were.")
         return FAILED
     except OSError as error:
-        _complain(f"{arguments['out']}: the folder cannot be written to ({error.strerror}); give another --out.")
+        complain(f"{arguments['out']}: the folder cannot be written to ({error.strerror}); give another --out.")
         return FAILED
     except KeyboardInterrupt:
-        _complain("interrupted; files not named yet are as they were.")
+        complain("interrupted; files not named yet are as they were.")
         return INTERRUPTED
     return DONE
 
@@ -195,19 +172,19 @@ def _compare(arguments: dict[str, Any]) -> int:
         for part in compare_command.execute(importing=_leaving_at_once(), **arguments):
             console.print(part, markup=False, soft_wrap=isinstance(part, str))
     except (ValueError, MemoryError) as error:
-        _complain(str(error) or "there is not enough memory for this; choose a smaller model, or fewer workers.")
+        complain(str(error) or "there is not enough memory for this; choose a smaller model, or fewer workers.")
         return USAGE
     except compare_command.Failed as failure:
-        _complain(str(failure))
+        complain(str(failure))
         return FAILED
     except OSError as error:
-        _complain(f"{error.filename}: cannot be written ({error.strerror}); make room, and give the same --out.")
+        complain(f"{error.filename}: cannot be written ({error.strerror}); make room, and give the same --out.")
         return FAILED
     except compare_command.Stopped as stop:
-        _complain(str(stop))
+        complain(str(stop))
         return INTERRUPTED
     except KeyboardInterrupt:
-        _complain(INTERRUPTED_EARLY)
+        complain(INTERRUPTED_EARLY)
         return INTERRUPTED
     return DONE
 
@@ -216,10 +193,10 @@ def _train(arguments: dict[str, Any]) -> int:
     try:
         prepared = _prepare(arguments)
     except (ValueError, MemoryError) as error:
-        _complain(str(error) or "there is not enough memory for this; choose a smaller model, or fewer workers.")
+        complain(str(error) or "there is not enough memory for this; choose a smaller model, or fewer workers.")
         return USAGE
     except KeyboardInterrupt:
-        _complain(INTERRUPTED_EARLY)
+        complain(INTERRUPTED_EARLY)
         return INTERRUPTED
     from rich.console import Console
 
@@ -232,13 +209,13 @@ def _train(arguments: dict[str, Any]) -> int:
             try:
                 summary = Training(prepared, [live]).execute()
             except (ConnectionError, ProcessLookupError):
-                _complain(
+                complain(
                     f"{prepared.plan.folder}: a process of the run was killed while it started; see logs/ there, and "
                     f"start it again."
                 )
                 return FAILED
             except OSError as error:
-                _complain(
+                complain(
                     f"{prepared.plan.folder}: the run folder cannot be written to ({error.strerror}); make room, and "
                     f"go on from the last checkpoint, if there is one, with --resume."
                 )
@@ -287,19 +264,19 @@ def _hyperparameters(arguments: dict[str, Any]) -> tuple[type[Rule], dict[str, A
             f"eamsgd {arguments['rule']}."
         )
     rule = rule_class(arguments["rule"])
-    given = {name: value for name, value in arguments.items() if name in _rule_fields()}
+    given = {name: value for name, value in arguments.items() if name in rule_fields()}
     for name, value in given.items():
-        if name not in _names(rule):
-            owners = ", ".join(other for other, one in RULES.items() if name in _names(one))
+        if name not in names_of(rule):
+            owners = ", ".join(other for other, one in RULES.items() if name in names_of(one))
             raise ValueError(
-                f"{name}={value}: the rule {rule.name} has no {name}, only {', '.join(_names(rule))}; leave "
-                f"{_flag(name)} out, or use a rule that has it: {owners}."
+                f"{name}={value}: the rule {rule.name} has no {name}, only {', '.join(names_of(rule))}; leave "
+                f"{flag(name)} out, or use a rule that has it: {owners}."
             )
     return rule, given
 
 
 def _rest(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name != "rule" and name not in _rule_fields()}
+    return {name: value for name, value in arguments.items() if name != "rule" and name not in rule_fields()}
 
 
 def _resumed(saved: Config, run: Path, arguments: dict[str, Any]) -> Config:
@@ -333,140 +310,3 @@ def _leaving_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-# What argparse says, in our words
-
-
-def _complain(sentence: str) -> None:
-    print(f"easgd-local: error: {sentence}", file=sys.stderr)
-
-
-def _sentence(message: str, parser: argparse.ArgumentParser) -> str:
-    """The complaint of argparse, with a remedy."""
-    see, (name, what, value) = f"see {parser.prog} --help", _parts(message)
-    match what:
-        case "unrecognized arguments":
-            return f"{_unrecognized(value.split(), parser)}; {see}."
-        case "the following arguments are required":
-            missing = next(action for action in parser._actions if action.metavar == value)
-            choices = f"one of {', '.join(missing.choices)}" if missing.choices else missing.help
-            return f"{value} is missing: give {choices}; {see}."
-        case "expected one argument":
-            return f"{name}: a value must follow; one that begins with a minus is written {name}=VALUE."
-        case "invalid choice":
-            wrong = value.partition(" (choose")[0].strip("'")
-            known = next(action.choices for action in parser._actions if action.metavar == name) or ()
-            near = get_close_matches(wrong, list(known), n=1)
-            hint = f", did you mean {near[0]}" if near else ""
-            return f"{name}={wrong}: must be one of {', '.join(known)}{hint}; {see}."
-    if what.startswith("ignored explicit argument"):
-        return f"{name}: takes no value; write {name} alone."
-    return message.removeprefix("argument ")
-
-
-def _parts(message: str) -> tuple[str, str, str]:
-    """(flag, complaint, value) of a message like "argument --lr: expected one argument"; "" for what is absent."""
-    _, name, rest = re.split(r"^(?:argument ([^:]+): )?", message, maxsplit=1)
-    what, _, value = rest.partition(": ")
-    return name or "", what, value
-
-
-def _unrecognized(words: list[str], parser: argparse.ArgumentParser) -> str:
-    flag = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
-    if flag is None:
-        one = next(
-            (f" and there is one {action.metavar}" for action in parser._actions if not action.option_strings), ""
-        )
-        return f"{' '.join(words)}: not understood, as values follow their flag{one}; leave it out"
-    if parser.prog.endswith("compare") and flag.lstrip("-").replace("-", "_") in _rule_fields():
-        return f"{flag}: belongs to an entry, in one word with its rule, such as 'eamsgd tau=16 lr=0.01'"
-    word, known = flag.lstrip("-"), [one.lstrip("-") for action in parser._actions for one in action.option_strings]
-    near = [one for one in known if one.startswith(word)] or get_close_matches(word, known, n=1)
-    return f"{flag}: there is no such flag{f', did you mean --{near[0]}' if near else ''}"
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.HelpFormatter(
-        prog, max_help_position=32, width=max(60, min(100, shutil.get_terminal_size().columns))
-    )
-
-
-# Flags from fields
-
-
-def _names(rule: type[Rule]) -> list[str]:
-    return [one.name for one in fields(rule)]
-
-
-def _rule_fields() -> dict[str, Any]:
-    """The hyperparameters of all the rules: name -> field. A name means the same in every rule that has it."""
-    return {one.name: one for rule in RULES.values() for one in fields(rule)}
-
-
-def _add_rule_flags(group: Any, *, without: str = "") -> None:
-    """The flags of all the rules, but for one."""
-    hints = {name: hint for rule in RULES.values() for name, hint in get_type_hints(rule).items()}
-    for name, one in _rule_fields().items():
-        if name == without:
-            continue
-        defaults = {rule: _default(rule_class(rule), name) for rule in RULES}
-        _add_flag(group, name, plain_type(hints[name]), _help(one, defaults))
-
-
-def add_config_flags(group: Any, names: Sequence[str] = ()) -> None:
-    """The flags of the run: these, or all."""
-    hints = get_type_hints(Config)
-    for one in fields(Config):
-        kind, text = plain_type(hints[one.name]), _help(one, {"": one.default})
-        if one.name in NOT_FLAGS or (names and one.name not in names):
-            continue
-        if kind is bool:
-            group.add_argument(_flag(one.name), action="store_true", help=text)
-        else:
-            _add_flag(group, one.name, kind, text)
-
-
-def _add_flag(group: Any, name: str, kind: type, help: str) -> None:
-    """A flag with a value. Whether the value is allowed is for the configuration to say."""
-    word = "FOLDER" if name in FOLDERS else {int: "N", float: "X"}.get(kind, "NAME")
-    metavar = f"{{{','.join(CHOICES[name])}}}" if name in CHOICES else word
-    group.add_argument(_flag(name), type=PARSERS.get(kind, str), metavar=metavar, help=help)
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write it in digits, such as 10.") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write it like 0.05 or 5e-2.") from None
-
-
-PARSERS: dict[type, Any] = {int: _whole, float: _number}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _default(rule: type, name: str) -> Any:
-    return next((one.default for one in fields(rule) if one.name == name), MISSING)
-
-
-def _help(one: Any, defaults: dict[str, Any]) -> str:
-    """The field's sentence, and its default where the sentence does not say it: one, or one for each rule."""
-    text = one.metadata.get("help", "").replace("%", "%%")
-    silent = (None, False, MISSING)
-    known = {owner: value for owner, value in defaults.items() if not any(value is one for one in silent)}
-    if not known or "default" in text:
-        return text
-    usual = Counter(known.values()).most_common(1)[0][0]
-    others = {value: [owner for owner in known if known[owner] == value] for value in known.values() if value != usual}
-    but = "".join(f"; {', '.join(owners)}: {value}" for value, owners in others.items())
-    return f"{text} (default {usual}{but})"

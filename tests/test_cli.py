@@ -76,7 +76,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         assert code == 2
         assert not said.out or (said.out.startswith("loading ") and said.out.count("\n") == 1)
         assert re.fullmatch(r"easgd-local: error: [^\n]+[.?]\n", said.err), said.err
-        assert descriptors() <= before  # of an earlier test something may be collected meanwhile
+        assert descriptors().items() <= before.items()  # of an earlier test something may be collected meanwhile
         assert eventually(lambda: not children())  # the fork server may still be starting
         assert sorted(here.rglob("*")) == files
         return said.err.removeprefix("easgd-local: error: ").rstrip("\n")

@@ -24,6 +24,8 @@ PACKAGE = ROOT / "easgd_local"
 LAYERS = (
     ("easgd_local", "__main__"),  # the package itself only says, when asked, where its names live
     ("cli",),
+    ("usage",),
+    ("flags",),
     ("compare.*",),
     ("training", "joining", "doctor", "export"),
     ("launching",),
@@ -53,6 +55,7 @@ LAYERS = (
     ("flat",),
     ("halves",),
     ("backend.*",),
+    ("argument_types",),
     ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition", "randomness"),
 )
 

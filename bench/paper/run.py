@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # harness, which a
 from experiments import EXPERIMENTS, Experiment
 from harness import RESULTS, Row, about
 
-from easgd_local.cli import add_config_flags
 from easgd_local.compare.contest import Contest, open_contest
 from easgd_local.compare.measuring import Interrupted
 from easgd_local.compare.outset import look
@@ -30,6 +29,7 @@ from easgd_local.compare.saved import finite
 from easgd_local.compare.settings import COMMON
 from easgd_local.data import Dataset, MemorySplit, Split
 from easgd_local.evaluate import evenly_spaced
+from easgd_local.flags import add_config_flags
 from easgd_local.launcher import warm_up
 from easgd_local.prepare import load
 

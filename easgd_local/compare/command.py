@@ -10,11 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from easgd_local.argument_types import number, whole
 from easgd_local.compare.entries import parse
 from easgd_local.compare.rivals import RIVALS
 from easgd_local.compare.settings import COMMON, POINTS, Comparison, duration
 from easgd_local.compare.tuning import LRS, cost_of, rungs
-from easgd_local.theory.command import number, whole, whole_file
+from easgd_local.theory.command import whole_file
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,9 +11,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from easgd_local.argument_types import number, whole
 from easgd_local.simulate.machine import DEFAULTS, Machine
 from easgd_local.simulate.problems import PROBLEMS, make_problem
-from easgd_local.theory.command import NUMBERS, WHOLES, Flag, number, refuse_foreign, whole, whole_file, write_table
+from easgd_local.theory.command import NUMBERS, WHOLES, Flag, refuse_foreign, whole_file, write_table
 
 if TYPE_CHECKING:
     from easgd_local.simulate.study import Cell, Table

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from easgd_local.argument_types import number, whole
 from easgd_local.theory.studies import Study, Table, admm_study, averaging_study, moments_study, stability_study
 
 
@@ -24,22 +25,6 @@ class Flag:
     read: Callable[[str], Any]
     default: str
     help: str
-
-
-def whole(text: str) -> int:
-    """The whole number that a flag's text says."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; write it in digits, such as 8.") from None
-
-
-def number(text: str) -> float:
-    """The number that a flag's text says."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; write it like 0.05 or 5e-2.") from None
 
 
 def _several(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
