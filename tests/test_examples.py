@@ -108,7 +108,7 @@ def test_the_plain_loop_learns_like_one_process_and_under_torchrun_it_ends_with_
 
 
 def test_the_pictures_are_learnt_across_an_interruption(folder):
-    options = ("--epochs", 2)
+    options = ("--epochs", 2, "--buffers", "recalibrate")
     process = start(folder, "pictures_amp.py", "--out", "run", *options)
     metrics = folder / "run" / "metrics.jsonl"
     begun = eventually(lambda: metrics.exists() and '"log"' in metrics.read_text(), DEADLINE_S)

@@ -432,13 +432,13 @@ def test_evaluation_time_is_not_training_time(run: Runner) -> None:
 @pytest.mark.parametrize("buffers", ["average", "recalibrate"])
 def test_the_center_of_a_network_with_batch_norm_has_statistics_of_its_own(buffers: str, run: Runner) -> None:
     summary = run(
-        data="synthetic", model="shufflenet_v2_x0_5", rule=EASGD(tau=1, lr=0.05), steps=25, batch_size=16,
-        buffers=buffers, eval_samples=250,
+        data="synthetic", model="shufflenet_v2_x0_5", rule=EASGD(tau=1, lr=0.05), batch_size=16, buffers=buffers,
+        steps=25 if buffers == "recalibrate" else 8, eval_samples=250,
     )  # fmt: skip
     state = safetensors.torch.load_file(Path(summary["folder"], "center.safetensors"))
     assert state["conv1.1.running_mean"].abs().max() > 0.01  # not those of a fresh model
     assert state["conv1.1.num_batches_tracked"].dtype == torch.int64
-    if buffers == "recalibrate":  # the running average of the other policy is still far behind after 25 steps
+    if buffers == "recalibrate":  # the running average of the other policy would still be far behind
         assert summary["test_error"] < 0.8
 
 
