@@ -44,7 +44,6 @@ class ADMM(Rule):
 
     def step(self, w: WorkerView) -> None:
         g = w.grad()
-        for (
-            b
-        ) in w.turns():  # λ <- λ - (x - c);  x <- [x - ηg + ηρ(λ + c)]/(1 + ηρ);  c <- c + (x - λ - y)/p;  y <- x - λ
+        # λ <- λ - (x - c);  x <- [x - ηg + ηρ(λ + c)]/(1 + ηρ);  c <- c + (x - λ - y)/p;  y <- x - λ
+        for b in w.turns():
             w.ops.admm(w.x[b], w.c[b], w.multiplier[b], w.y[b], g[b], w.lr, self.rho, w.workers)
