@@ -9,7 +9,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Attachment:
     calibrate_on: Iterable[Any] | None
     stateful: tuple[Any, ...]
     positions: Positions
+    generator: torch.Generator
 
 
 class Attached(Visitor):
@@ -96,6 +97,7 @@ class Attached(Visitor):
         self._tensor = self._place.tensor(self.x)
         self._ahead: tuple[int, Any] | None = None  # the clock of an exchange that has begun, and its d
         self._flat, self._attachment, self._conn = flat, attachment, conn
+        self._evaluations = replace(plan.calendar, checkpoint_every=0)
         self._parameters = [id(one) for one in attachment.model.parameters()]
         self._steps = Steps(
             attachment.optimizers, flat.halves, adopt=self._adopt, begins=self.before_step, made=self.after_step
@@ -130,7 +132,7 @@ class Attached(Visitor):
             super().take_up(None)
         else:
             name = checkpoint.worker_file(self.rank, "pt")
-            self.restore(torch.load(saved / name, weights_only=False))
+            self.restore(torch.load(saved / name, map_location="cpu", weights_only=False))
 
     def join(self, t: int) -> None:
         """Takes the place of a worker that died; the model computes with the center's values."""
@@ -184,7 +186,7 @@ class Attached(Visitor):
         if self._ahead is not None and self._ahead[0] == self.t:
             (_, d), self._ahead, before = self._ahead, None, before - 1
         else:
-            d = self._rule.meet(self)
+            d = self._exchange()
         if d is not None:
             self.ops.subtract(self.x, d)  # x <- x - d
         self._draw_buffers()
@@ -195,6 +197,19 @@ class Attached(Visitor):
         if self._reloaded_at == self.t:
             self._drop_gradients()
 
+    def _exchange(self) -> Any:
+        """The rule's exchange, if one is due; d of the elastic ones.
+
+        On a GPU its round begins when the center to be evaluated before it has been taken. Else: 1. our stream waits
+        for the turn of a worker, 2. all hold, that worker too, and we are to evaluate the center, 3. what we compute
+        for that waits in our stream, and nobody goes on.
+        """
+        if self._plan.graphics is not None and self._in_rounds and self.t % self._rule.period == 0:
+            earlier, taken = self._evaluations.previous_snapshot(self._turns.round), self._center.taken
+            if earlier is not None:
+                self._turns.until(lambda: taken[0] > earlier)
+        return self._rule.meet(self)
+
     def _exchange_buffers(self, b: slice) -> None:
         if self._plan.buffers == "average":
             super()._exchange_buffers(b)
@@ -204,6 +219,7 @@ class Attached(Visitor):
     def _reload(self) -> None:
         super()._reload()
         if self._plan.buffers != "average":
+            self.drain()
             self._place.load(self.x[self._buffers], self._center.vectors["c"][self._buffers])
         self._reset_optimizers()
 
@@ -252,7 +268,7 @@ class Attached(Visitor):
         self._between_t, self._noted = self.t, None
         self._gather_buffers()
         if self._random is not None:
-            restore_random(self._random)
+            self._restore_random(self._random)
             self._random = None
         self._boundary()
         if not ends:
@@ -264,7 +280,7 @@ class Attached(Visitor):
         beside = self._plan.graphics is not None and not self._rule.replaces and self._ahead is None
         if beside and not self._has_buffers and self.t % self._rule.period == 0:
             self._adopt()
-            self._ahead = (self.t, self._rule.meet(self))
+            self._ahead = (self.t, self._exchange())
 
     def _boundary_in_step(self) -> None:
         """The loop did not say when step t began, so the state at its beginning counts if it was noted."""
@@ -351,12 +367,19 @@ class Attached(Visitor):
 
     def _passing_state(self) -> dict[str, Any]:
         """What the forward pass of the next step will change."""
+        self.drain()  # while it waits this worker can hold; in what follows torch itself would wait for the device
         return {
             "own": self._flat.naming().own,
             "buffers": torch.from_numpy(self._place.host(self.x[self._buffers]).copy()),
-            "random": random_state(),
+            "random": random_state() | {"worker": self._attachment.generator.get_state()},
             "positions": self._attachment.positions.now(),
         }
+
+    def _restore_random(self, state: dict[str, Any]) -> None:
+        restore_random(state)
+        own, saved = self._attachment.generator, state.get("worker")
+        if saved is not None and len(saved) == len(own.get_state()):  # not if it is of another kind of device
+            own.set_state(saved)
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
@@ -377,7 +400,7 @@ class Attached(Visitor):
             one.load_state_dict(saved)
         self._attachment.positions.restore(state["positions"])
         self._random = state["random"]
-        restore_random(self._random)
+        self._restore_random(self._random)
 
     def _save(self, label: int) -> None:
         file = io.BytesIO()
@@ -394,6 +417,8 @@ class Attached(Visitor):
         np.copyto(values, self._result(self._center.vectors) if c is None else c)
         try:
             model = copy.deepcopy(self._attachment.model)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise Refusal(f"the model cannot be copied, so the center cannot be looked at in one: {error}") from error
         self._flat.of(model).bind(torch.from_numpy(values).to(self._place.device))
@@ -460,13 +485,21 @@ def numbers(values: Any, what: str) -> dict[str, float]:
         if not isinstance(name, str) or name in ("kind", "t", "seconds", "rank", "round", "evaluate_s", "nonfinite"):
             raise Refusal(f"{what}: the name {name!r} is every event's own, or no word; choose another.")
         try:
-            value = value.detach() if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                value = _element(value.detach())
             plain[name] = int(value) if isinstance(value, int) else float(value)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError):
             raise Refusal(
                 f"{what}: {name}={type(value).__name__} is not one number; give a number, or a tensor of one element."
             ) from None
     return plain
+
+
+def _element(value: Tensor) -> Tensor:
+    """The only one, to be read; what a GPU has to say against that is no mistake of the loop's."""
+    if value.numel() != 1 or value.is_complex() or value.is_meta:
+        raise ValueError
+    return value
 
 
 def plain_model(model: nn.Module) -> nn.Module:

@@ -23,8 +23,12 @@ from easgd_local.turns import FreeTurns, NoTurns, StrictTurns, TogetherTurns, Tu
 
 Array = NDArray[np.float32]
 # What CUDA is told before it starts, unless the user said otherwise: as many queues as there can be, since of two
-# streams in one queue one waits behind the other; and room for steps that are enqueued behind an exchange.
-ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_SCALE_LAUNCH_QUEUES": "4x"}
+# streams in one queue one waits behind the other; room for steps that are enqueued behind an exchange; and a workspace
+# for cuBLAS with which it gives the same bits every time.
+ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_SCALE_LAUNCH_QUEUES": "4x", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"
+}  # fmt: skip
+LEGACY = 1  # the driver's handle of torch's default stream, whose own is 0: CU_STREAM_LEGACY
 
 
 def set_environment() -> None:
@@ -34,14 +38,14 @@ def set_environment() -> None:
 
 
 def take_seat(graphics: Graphics | None, rank: int) -> torch.device:
-    """Makes torch compute for worker `rank` on its GPU, on a stream of its own; where that is: the CPU without GPUs."""
+    """Makes torch compute for worker `rank` on its GPU, on its default stream as everywhere; where that is: the CPU
+    without GPUs."""
     if graphics is None or graphics.pretended:
         return torch.device("cpu")
     set_environment()
     device = torch.device("cuda", graphics.device_of(rank))
+    torch.cuda.init()
     torch.cuda.set_device(device)
-    if torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
-        torch.cuda.set_stream(torch.cuda.Stream(device))
     return device
 
 
@@ -117,7 +121,7 @@ class OnGpu:
         self._pretended, number = graphics.pretended, graphics.device_of(rank)
         self.device, handle = torch.device("cpu") if graphics.pretended else torch.device("cuda", number), 0
         if not graphics.pretended and torch.cuda.is_initialized():  # by a loop that has taken its seat
-            handle = torch.cuda.current_stream(self.device).cuda_stream
+            handle = torch.cuda.current_stream(self.device).cuda_stream or LEGACY
         set_environment()
         self._torch_stream: torch.cuda.Stream | None = None
         self.gpu = Gpu(graphics.images_for(rank), number, handle)

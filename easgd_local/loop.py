@@ -120,7 +120,7 @@ class LoopWorker:
                 rule.moving_rate(self.workers)
         attachment = Attachment(
             plain, optimizers, optimizer_state, evaluate, calibrate_on, _checked_stateful(stateful),
-            self._positions,
+            self._positions, self.generator,
         )  # fmt: skip
         proposal = Proposal(
             rule=rule, turns=turns or rule.orders[0], buffers=buffers,

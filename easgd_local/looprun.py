@@ -169,8 +169,12 @@ class LoopRun(Run):
 
     @property
     def _evaluator(self) -> Child | None:
+        """The first of the workers; rather none that took the place of another one, whose first exchange may still wait
+        for those who hold."""
         able = [rank for rank in self._workers if self._tallies[rank].state in ("training", "finished")]
-        return self._workers[min(able)] if able and self._prepared.proposal.evaluates else None
+        if not able or not self._prepared.proposal.evaluates:
+            return None
+        return self._workers[min(able, key=lambda rank: (self._joined[rank] >= 0, rank))]
 
     def _ask(self, round: int, t: int) -> None:
         self._asked_worker = self._evaluator

@@ -97,6 +97,9 @@ class Turns(Protocol):
     def read(self) -> Iterator[slice]:
         """The blocks, to be read only, in a rendezvous."""
 
+    def until(self, done: Callable[[], bool]) -> None:
+        """Returns when that is so; meanwhile the worker can be held."""
+
 
 class Waiting:
     """What all orders share: waiting that yields, names the late worker, holds and aborts when asked."""
@@ -109,6 +112,10 @@ class Waiting:
         self.update, self.counts = 0, True
         self.stale: int | None = 0
         self._seen = [center.updates[b] for b in range(self.blocks)]
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Returns when that is so; meanwhile the worker can be held."""
+        self._wait(done, lambda: self.rank)
 
     def _wait(self, ready: Callable[[], bool], late: Callable[[], int]) -> None:
         """Returns once `ready()`; adds the time to the account of the worker that `late()` names meanwhile."""

@@ -93,7 +93,7 @@ class Team:
         team = []
         for i in range(workers):
             attachment = Attachment(
-                models[i], optimizers[i], optimizer_state, None, None, tuple(stateful), Positions()
+                models[i], optimizers[i], optimizer_state, None, None, tuple(stateful), Positions(), torch.Generator()
             )
             post = lambda *args, i=i, **values: posts[i].append((*args, values))  # noqa: E731
             team.append(Attached(i, center, plan, flats[i], attachment, post, Silent(), Start()))  # type: ignore[arg-type]

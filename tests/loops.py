@@ -103,6 +103,22 @@ def bare(worker: LoopWorker, epochs: int = 1, rule: Any = None, leaves_early: bo
         next(iter(loader))  # a batch for which no step is made
 
 
+def reads_its_loss(worker: LoopWorker) -> None:
+    """On a pretended GPU; as `loss.item()` does on a real one, it waits in the driver for all that is enqueued, and
+    meanwhile answers nobody."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    worker.attach(model, optimizer, easgd.EASGD(tau=2), evaluate=scores, evaluate_every=4)
+    place: Any = worker._attached._place  # type: ignore[union-attr]
+
+    def touch(reads: Any, writes: Any) -> None:
+        place.ops.order(list(reads), list(writes))
+        place.gpu.training.synchronize()
+
+    place.touch = touch
+    epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), 1)
+
+
 def leaves_at(worker: LoopWorker, steps: int) -> None:
     """Draws one batch more than it makes steps."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))

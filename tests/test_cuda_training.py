@@ -190,6 +190,13 @@ def test_a_loop_that_leaves_with_an_exchange_under_way_ends_well(launch: Any) ->
     assert center.summary["status"] == "done"
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_center_is_evaluated_though_a_worker_is_ahead_and_waits_in_the_driver(ahead: int, launch: Any) -> None:
+    center = launch(loops.reads_its_loss, device="cuda", faults=(Fault("pace", 1 - ahead, 0, 0.03),))
+    events = [json.loads(line) for line in (center.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [one["t"] for one in events if one["kind"] == "center"] == [0, 4, 8, 12, 16, 20, 22]
+
+
 def test_when_a_loop_dies_the_others_finish(launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
     center = launch(loops.killed, 1, workers=3, device="cuda")
