@@ -144,10 +144,13 @@ if __name__ == "__main__":
     parser.add_argument("--text", metavar="FILE", help="what to learn; default: the help texts of Python")
     parser.add_argument("--steps", type=int, default=800, help="steps of each worker")
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where they compute")
     parser.add_argument("--out", metavar="FOLDER", help="the run folder; default runs/TIME-train")
     options = parser.parse_args()
 
-    center = easgd.launch(train, workers=options.workers, args=(options,), out=options.out)
+    center = easgd.launch(
+        train, workers=options.workers, device=options.device, args=(options,), out=options.out
+    )  # fmt: skip
 
     _, characters = read(options.text)
     model = GPT(len(characters)).eval()

@@ -98,7 +98,8 @@ def draw(folder, train=64, test=16, size=32):
 def main(options):
     try:
         center = easgd.launch(
-            train, workers=options.workers, args=(options,), out=options.out, resume=options.resume
+            train, workers=options.workers, device=options.device, args=(options,), out=options.out,
+            resume=options.resume,
         )  # fmt: skip
     except KeyboardInterrupt:  # the run is saved
         sys.exit(130)
@@ -112,6 +113,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=32, help="side of a picture as the network sees it, in pixels")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the training pictures")
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where they compute")
     parser.add_argument("--readers", type=int, default=0, help="processes of each worker that read pictures")
     parser.add_argument("--buffers", choices=["average", "recalibrate", "local"], default="average",
                         help="what becomes of BatchNorm's statistics at the center")  # fmt: skip

@@ -57,7 +57,8 @@ class Odd(nn.Module):
 
 
 def scores(model: nn.Module) -> dict[str, Any]:
-    inputs, targets = digits()[1].tensors
+    device = next(model.parameters()).device
+    inputs, targets = (one.to(device) for one in digits()[1].tensors)
     answers = model(inputs)
     return {"test_loss": F.cross_entropy(answers, targets), "test_error": (answers.argmax(1) != targets).float().mean()}
 
@@ -68,6 +69,7 @@ def epochs_of(
     """What everybody's loop does."""
     for _ in range(loader.epoch, epochs):
         for inputs, targets in loader:
+            inputs, targets = inputs.to(worker.device), targets.to(worker.device)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(inputs), targets)
             loss.backward()
@@ -80,7 +82,7 @@ def epochs_of(
 def train(
     worker: LoopWorker, epochs: int = 1, rule: Any = None, buffers: str = "average", **options: Any
 ) -> nn.Module:
-    model = network()
+    model = network().to(worker.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainset = digits()[0]
     if buffers == "recalibrate":
@@ -92,11 +94,14 @@ def train(
     return model
 
 
-def bare(worker: LoopWorker, epochs: int = 1, rule: Any = None, leaves_early: bool = False) -> None:
+def bare(
+    worker: LoopWorker, epochs: int = 1, rule: Any = None, leaves_early: bool = False, evaluate_every: int = 0
+) -> None:
     """Without buffers, so that on a GPU exchanges go on beside the gradient."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).to(worker.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    worker.attach(model, optimizer, rule or easgd.EASGD(tau=4, beta=0.9), evaluate=scores)
+    rule = rule or easgd.EASGD(tau=4, beta=0.9)
+    worker.attach(model, optimizer, rule, evaluate=scores, evaluate_every=evaluate_every)
     loader = worker.loader(digits()[0], 32)
     epochs_of(worker, model, optimizer, loader, epochs)
     if leaves_early:
@@ -119,6 +124,26 @@ def reads_its_loss(worker: LoopWorker) -> None:
     epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), 1)
 
 
+def scaled(worker: LoopWorker, epochs: int, fused: bool = False, half: bool = False) -> None:
+    """float16 with a GradScaler, whose first steps overflow and are skipped; `half`: in parameters too."""
+    kind = worker.device.type
+    model = network().to(worker.device)
+    model = narrow(model, torch.float16) if half else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=fused)
+    scaler = torch.amp.GradScaler(kind, init_scale=2.0**24)
+    worker.attach(model, optimizer, easgd.EASGD(tau=2), stateful=[scaler])
+    for _ in range(epochs):
+        for inputs, targets in worker.loader(digits()[0], 32, pin_memory=kind == "cuda"):
+            inputs, targets = inputs.to(worker.device), targets.to(worker.device)
+            optimizer.zero_grad()
+            with torch.autocast(kind, torch.float16):
+                loss = F.cross_entropy(model(inputs).float(), targets)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            worker.log(loss=loss)
+
+
 def leaves_at(worker: LoopWorker, steps: int) -> None:
     """Draws one batch more than it makes steps."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
@@ -135,9 +160,15 @@ def leaves_at(worker: LoopWorker, steps: int) -> None:
 def resumable(
     worker: LoopWorker, epochs: int, stop_at: int = 0, rule: Any = None, loader_workers: int = 0, half: bool = False
 ) -> None:
-    """A model of every sort, an optimizer with state, a schedule; `stop_at` presses Ctrl-C in the launcher. In `half`
-    its parameters are bfloat16, but BatchNorm's."""
-    model = narrow(Odd(), torch.bfloat16) if half else Odd()
+    """A model of every sort, an optimizer with state, a schedule, noise from the worker's own generator; `stop_at`
+    presses Ctrl-C in the launcher. In `half` the parameters are bfloat16, but BatchNorm's."""
+    model = (narrow(Odd(), torch.bfloat16) if half else Odd()).to(worker.device)
+
+    def noisy(model: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        x, own = inputs[0], worker.generator
+        return x + 0.1 * torch.randn(x.shape, generator=own, device=own.device)
+
+    model.register_forward_pre_hook(noisy)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.003)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
     worker.attach(model, optimizer, rule or easgd.EASGD(tau=4), stateful=[schedule])
@@ -153,7 +184,7 @@ def resumable(
 
 def killed(worker: LoopWorker, epochs: int) -> None:
     """Worker 1 dies as by the out-of-memory killer, in its second launch not."""
-    model = network()
+    model = network().to(worker.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     worker.attach(model, optimizer, easgd.EASGD(tau=4))
     marker = Path(os.environ["MARKER"])

@@ -6,7 +6,9 @@ Run by `python -m pytest tests/test_gpu.py`; skipped where there is no GPU. Four
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import easgd_local as easgd
 from easgd_local import data, doctor
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.backend.cuda import OPERATIONS, CudaOps, Gpu, Transfer
@@ -25,12 +28,14 @@ from easgd_local.faults import Fault
 from easgd_local.graphics import ORDER, Graphics, look
 from easgd_local.launcher import ask, warm_up
 from easgd_local.rules.diloco import DiLoCo
+from easgd_local.rules.downpour import Downpour
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.easgd import EASGD
 from easgd_local.rules.localsgd import LocalSGD
 from easgd_local.rules.passm import PASSM
 from easgd_local.stream_turns import EXCHANGES
 from easgd_local.training import train
+from tests import loops, test_joining
 from tests import test_stream_turns as shown
 from tests.conftest import unpainted
 
@@ -243,3 +248,98 @@ def test_a_worker_that_is_not_finite_is_reloaded_at_the_same_step_in_every_run(t
 def test_a_run_learns(values: dict[str, Any], training: Runner) -> None:
     summary = training(**({"model": "cifar7", "data": "synthetic", "steps": 40} | values))
     assert summary["status"] == "done" and np.isfinite(summary["train_loss"])
+
+
+# Loops of one's own
+
+Launch = Callable[..., easgd.CenterState]
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """`launch` on the GPU with two workers and no view; each call has a folder of its own."""
+    monkeypatch.setenv("LAUNCHER", str(os.getpid()))
+    count = iter(range(1000))
+
+    def start(fn: Any, *args: Any, **options: Any) -> easgd.CenterState:
+        usual: dict[str, Any] = {"workers": 2, "threads": 1, "view": False, "device": "cuda"}
+        if "resume" not in options:
+            usual["out"] = str(tmp_path / f"loop-{next(count)}")
+        with unpainted():
+            return easgd.launch(fn, args=args, **(usual | options))
+
+    return start
+
+
+def sha(center: easgd.CenterState) -> str:
+    return str(center.summary["center_sha256"])
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("rule", [EASGD(tau=1), LocalSGD(tau=4), Downpour(tau=3), DiLoCo(tau=5)], ids=str)
+def test_a_loop_ends_with_the_same_bits_twice_and_near_those_of_the_cpu(rule: Any, launch: Launch) -> None:
+    loop = functools.partial(loops.bare, rule=rule)
+    first, again, on_cpu = launch(loop, 2), launch(loop, 2), launch(loop, 2, device="cpu")
+    assert first.summary["status"] == "done" and sha(first) == sha(again)
+    for name in on_cpu:
+        torch.testing.assert_close(first[name], on_cpu[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.timeout(180)
+def test_every_exchange_of_a_loop_gives_the_same_center(launch: Launch) -> None:
+    loop = functools.partial(loops.bare, rule=EASGD(tau=2))
+    assert len({sha(launch(loop, 1, exchange=one)) for one in EXCHANGES}) == 1
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_center_is_evaluated_while_the_loops_are_at_different_steps(ahead: int, launch: Launch) -> None:
+    loop = functools.partial(loops.bare, rule=EASGD(tau=2), evaluate_every=4)
+    center = launch(loop, 1, faults=(Fault("pace", 1 - ahead, 0, 0.03),))
+    events = [json.loads(line) for line in (center.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [one["t"] for one in events if one["kind"] == "center"] == [0, 4, 8, 12, 16, 20, 22]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("buffers", ["average", "recalibrate", "local"])
+def test_a_loop_with_batch_norm_is_the_same_twice_and_its_statistics_are_finite(buffers: str, launch: Launch) -> None:
+    first, again = (launch(loops.train, 2, None, buffers) for _ in range(2))
+    assert sha(first) == sha(again) and all(value.isfinite().all() for value in first.values())
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("rule, half", [(EASGD(tau=4), False), (Downpour(tau=4), True)], ids=["easgd", "bfloat16"])
+def test_a_loop_interrupted_and_resumed_ends_with_the_same_bits(rule: Any, half: bool, launch: Launch) -> None:
+    loop = functools.partial(loops.resumable, rule=rule, half=half)  # dropout and noise: generators go on too
+    whole = launch(loop, 1)
+    with pytest.raises(KeyboardInterrupt):
+        launch(loop, 1, 9, out=(folder := f"{whole.folder}-stopped"))
+    assert sha(launch(loop, 1, resume=folder)) == sha(whole)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("fused, half", [(False, False), (True, False), (True, True)])
+def test_steps_that_a_scaler_skips_are_none(fused: bool, half: bool, launch: Launch) -> None:
+    center = launch(functools.partial(loops.scaled, fused=fused, half=half), 2)
+    assert center.summary["status"] == "done" and 0 < center.summary["steps"] < 44
+    assert all(value.isfinite().all() for value in center.values())
+
+
+@pytest.mark.timeout(120)
+def test_when_a_loop_is_killed_the_others_finish(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
+    center = launch(loops.killed, 1, workers=3)
+    assert center.summary["status"] == "done"
+    assert [one["state"] for one in center.summary["worker_reports"]].count("died") == 1
+
+
+@pytest.mark.timeout(120)
+def test_a_run_under_torchrun_is_the_launched_one_and_its_model_outlives_it(launch: Launch, tmp_path: Path) -> None:
+    code, _, err = test_joining.ended(test_joining.torchrun(tmp_path, "model = loops.train(worker)", "device='cuda'"))
+    assert code == 0, err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["center_sha256"] == sha(launch(loops.train))
+    left = torch.load(tmp_path / "model-0.pt", weights_only=True, map_location="cpu")
+    assert all(value.isfinite().all() for value in left.values())
