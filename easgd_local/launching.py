@@ -105,7 +105,7 @@ def launch(
     training loop needs (see `LoopWorker`). Scripts call `launch` under `if __name__ == "__main__":`.
     args: a tuple handed on to fn; must be picklable.
     device: "cpu" or "cuda": workers compute on the GPUs of the machine in turn, several on one if need be; "auto" is
-    the CPU. On a GPU the loop's work belongs on the stream that is current when `fn` begins.
+    the CPU. On a GPU the loop's work belongs on torch's default stream.
     exchange: how a GPU reaches the center, "overlap", "inline" or "zerocopy"; "auto" is what suits the model.
     out: the run folder, default runs/<time>-<script>; there are metrics.jsonl, summary.json, report.md, curves.png,
     center.safetensors and what the workers print, in logs/. The result's attribute `folder` names it.
