@@ -137,6 +137,7 @@ class Attached(Visitor):
     def join(self, t: int) -> None:
         """Takes the place of a worker that died; the model computes with the center's values."""
         super().join(t)
+        self.drain()  # while it waits for its turns this worker can hold; before its first step nobody answers for it
         self._place.touch([self.x], [self.x])
         self._flat.halves.round()
 
@@ -290,6 +291,12 @@ class Attached(Visitor):
             self._save_or_stop()
         self._noted = None
         self._enter_step()
+
+    def _enter_step(self) -> None:
+        """While somebody answers for the worker it may have passed the end of step t, where it would have noted its
+        state: so it can stop a step later only."""
+        if self._respondent and not self._made_last:
+            self._respondent.enter(self.t + 1)
 
     def finish(self) -> None:
         """The loop is over: saves what is due, waits until all workers have finished."""

@@ -102,23 +102,30 @@ class Assembly:
         self._run, self._config, self._workers, self._n, self._keep = run, config, workers, n, keep
         self._centers: dict[int, Vectors] = {}
         self._saved: dict[int, dict[int, tuple[int, str, str]]] = {}
+        self._complete: set[int] = set()
 
     def add_center(self, t: int, vectors: Vectors) -> None:
         """The shared vectors at step t; the caller gives them away."""
-        self._centers[t] = vectors
+        if t not in self._complete:
+            self._centers[t] = vectors
 
     @property
     def pending(self) -> list[int]:
         """The steps of the checkpoints that wait for workers."""
         return sorted(self._centers)
 
+    def drop_after(self, t: int) -> None:
+        """The run stops at step t: checkpoints of later steps never get all their parts."""
+        self._centers = {at: vectors for at, vectors in self._centers.items() if at <= t}
+
     def savers(self, t: int) -> set[int]:
-        """The workers that have brought their part of the checkpoint of step t."""
-        return set(self._saved.get(t, ()))
+        """The workers that have brought their part of the checkpoint of step t: all when it is complete."""
+        return set(range(self._workers)) if t in self._complete else set(self._saved.get(t, ()))
 
     def add_worker(self, t: int, rank: int, clock: int, name: str, digest: str) -> None:
         """Worker `rank` has written its file of the checkpoint of step t at its own clock."""
-        self._saved.setdefault(t, {})[rank] = (clock, name, digest)
+        if t not in self._complete:
+            self._saved.setdefault(t, {})[rank] = (clock, name, digest)
 
     def commit(self, joined: Mapping[int, int], seconds: float) -> list[tuple[int, Path]]:
         """Completes the checkpoints to which everybody has brought its part; returns (step, folder) of each.
@@ -129,6 +136,7 @@ class Assembly:
         for t in sorted(self._centers.keys() & self._saved.keys()):
             if {rank for rank, clock in joined.items() if clock < t} <= self._saved[t].keys():
                 ready.append(t)
+        self._complete.update(ready)
         return [(t, self._write(t, self._centers.pop(t), self._saved.pop(t), seconds)) for t in ready]
 
     def _write(self, t: int, vectors: Vectors, saved: dict[int, tuple[int, str, str]], seconds: float) -> Path:

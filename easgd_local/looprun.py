@@ -68,6 +68,7 @@ class LoopRun(Run):
         self.error: Exception | None = None
         self._namings: dict[int, Naming] = {}  # by rank, at the end, with what is not in the vector
         self._asked_worker: Child | None = None
+        self._asked_to_save: set[tuple[int, int]] = set()  # (step, rank) of those whose loops are over
         self._evaluates_at_end = False  # asked already
 
     def _processes(self) -> contextlib.AbstractContextManager[Launcher]:
@@ -140,17 +141,19 @@ class LoopRun(Run):
         round, calendar = self._next_round, self._calendar
         if round is not None:
             dates = calendar.evaluation_steps(round) + calendar.checkpoint_steps(round)
-            if max(self._center.clock[rank] for rank in self._ranks) < min(dates):
+            if max(max(self._center.clock[rank], self._joined[rank]) for rank in self._ranks) < min(dates):
                 return  # the round is over, but whether any loop comes to that step is not known yet
         before = set(self._assembly.pending)
         super()._watch_rounds()
         self._save_finished([t for t in self._assembly.pending if t not in before])
 
     def _save_finished(self, steps: Sequence[int]) -> None:
-        """Asks those whose clocks stand below these steps for their part of the checkpoints."""
+        """Asks those whose clocks stand below these steps for their part of the checkpoints, once for each."""
         for t in steps:
             for rank, one in self._workers.items():
-                if self._tallies[rank].state == "finished" and rank not in self._assembly.savers(t):
+                asked = (t, rank) in self._asked_to_save or rank in self._assembly.savers(t)
+                if self._tallies[rank].state == "finished" and not asked:
+                    self._asked_to_save.add((t, rank))
                     tell(one, ("save", t))
 
     def _waits_for_the_rest(self) -> bool:
@@ -169,12 +172,12 @@ class LoopRun(Run):
 
     @property
     def _evaluator(self) -> Child | None:
-        """The first of the workers; rather none that took the place of another one, whose first exchange may still wait
-        for those who hold."""
+        """The first of the workers; rather none that took the place of another one, the later the less: its first
+        exchange may still wait for those who hold."""
         able = [rank for rank in self._workers if self._tallies[rank].state in ("training", "finished")]
         if not able or not self._prepared.proposal.evaluates:
             return None
-        return self._workers[min(able, key=lambda rank: (self._joined[rank] >= 0, rank))]
+        return self._workers[min(able, key=lambda rank: (self._joined[rank], rank))]
 
     def _ask(self, round: int, t: int) -> None:
         self._asked_worker = self._evaluator

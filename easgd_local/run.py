@@ -412,6 +412,7 @@ class Run:
             self._stop_t = max(sum(clocks) // len(clocks), center.save[0])  # a label that no checkpoint has yet
             center.save[0] = self._stop_t + 1
             center.stop[0] = 1
+        self._assembly.drop_after(self._stop_t)
         self._event("stop", t=self._stop_t, reason=self._stop_reason)
 
     def _waits_for_the_rest(self) -> bool:
@@ -422,6 +423,8 @@ class Run:
         if evaluator := self._evaluator:
             self._asked = round, t
             tell(evaluator, ("evaluate", t))
+        else:  # all died meanwhile
+            self._center.taken[0] = max(self._center.taken[0], round + 1)
 
     def _snapshot_taken(self) -> None:
         round = (self._asked or self._due or (-1,))[0]

@@ -108,9 +108,9 @@ def bare(
         next(iter(loader))  # a batch for which no step is made
 
 
-def reads_its_loss(worker: LoopWorker) -> None:
+def reads_its_loss(worker: LoopWorker, stop_at: int = 0) -> None:
     """On a pretended GPU; as `loss.item()` does on a real one, it waits in the driver for all that is enqueued, and
-    meanwhile answers nobody."""
+    meanwhile answers nobody. With `stop_at` by a loader of its own, so that nobody hears when a step begins."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     worker.attach(model, optimizer, easgd.EASGD(tau=2), evaluate=scores, evaluate_every=4)
@@ -121,7 +121,16 @@ def reads_its_loss(worker: LoopWorker) -> None:
         place.gpu.training.synchronize()
 
     place.touch = touch
-    epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), 1)
+    if not stop_at:
+        epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), 1)
+        return
+    for inputs, targets in DataLoader(digits()[0], 32):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        if worker.t == stop_at and worker.rank == 1:
+            os.kill(int(os.environ["LAUNCHER"]), signal.SIGINT)
+        time.sleep(0.02)  # here the stop comes
 
 
 def scaled(worker: LoopWorker, epochs: int, fused: bool = False, half: bool = False) -> None:

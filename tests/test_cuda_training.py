@@ -197,6 +197,18 @@ def test_the_center_is_evaluated_though_a_worker_is_ahead_and_waits_in_the_drive
     assert [one["t"] for one in events if one["kind"] == "center"] == [0, 4, 8, 12, 16, 20, 22]
 
 
+def test_workers_that_wait_in_the_driver_and_die_are_replaced(launch: Any) -> None:
+    faults = (Fault("kill", 1, 5), Fault("pace", 0, 0, 0.05))
+    center = launch(loops.reads_its_loss, device="cuda", faults=faults, on_failure="respawn")
+    assert [one["state"] for one in center.summary["worker_reports"]] == ["finished", "finished"]
+
+
+def test_a_loop_with_a_loader_of_its_own_that_waits_in_the_driver_stops_with_a_checkpoint(launch: Any) -> None:
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        launch(loops.reads_its_loss, 5, device="cuda")
+    assert len(list((stopped.value.folder / "checkpoints").iterdir())) == 1
+
+
 def test_when_a_loop_dies_the_others_finish(launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
     center = launch(loops.killed, 1, workers=3, device="cuda")

@@ -16,6 +16,7 @@ import torch
 
 import easgd_local as easgd
 from easgd_local import metrics
+from easgd_local.faults import Fault
 from tests import loops
 from tests.conftest import children, eventually, unpainted
 
@@ -247,6 +248,25 @@ def test_an_interrupt_when_some_loops_are_over_saves_and_can_be_resumed(launch, 
     rest = launch(loops.short_and_long, (20, 70), resume=folder)
     assert [report["steps"] for report in rest.summary["worker_reports"]] == [0, 70]  # of this launch
     assert rest.summary["failures"] == [] and rest.summary["warnings"] == []
+
+
+def test_workers_that_die_one_after_the_other_are_replaced_though_nobody_comes_to_the_next_evaluation(launch):
+    """The first exchange of the new workers waits for the center of step 12 to be taken, where no clock is yet."""
+    faults = (Fault("kill", 0, 10), Fault("kill", 1, 11))
+    center = launch(functools.partial(loops.bare, evaluate_every=2, rule=easgd.SMA(tau=1)), 1, faults=faults,
+                    on_failure="respawn")  # fmt: skip
+    assert center.summary["status"] == "done" and len(center.summary["failures"]) == 2
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_stop_where_a_checkpoint_is_or_would_be_leaves_one_that_resumes_to_the_same_bits(every, launch):
+    """Worker 0 has long finished, and has saved its part of checkpoints at or after the step where worker 1 stops."""
+    whole, slow = launch(loops.short_and_long, (8, 40), checkpoint_every=every), (Fault("pace", 1, 0, 0.02),)
+    folder = f"{whole.folder}-stopped"
+    with pytest.raises(KeyboardInterrupt):
+        launch(loops.short_and_long, (8, 40), 22, out=folder, checkpoint_every=every, faults=slow)
+    rest = launch(loops.short_and_long, (8, 40), resume=folder, checkpoint_every=every)
+    assert sha(rest) == sha(whole)
 
 
 def test_a_replacement_that_cannot_start_is_not_tried_again_and_again(launch, tmp_path, monkeypatch):
