@@ -13,6 +13,7 @@ from unittest import mock
 import psutil
 import pytest
 
+import easgd_local as easgd
 from easgd_local.config import Config
 from easgd_local.launcher import warm_up
 from easgd_local.rules.eamsgd import EAMSGD
@@ -134,5 +135,21 @@ def run(tmp_path: Path, alone: None) -> Callable[..., dict[str, Any]]:
             values["out"] = resume
         with contextlib.nullcontext() if drawn else unpainted():
             return train(Config(**values), resume=resume)
+
+    return start
+
+
+@pytest.fixture
+def launch(tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., easgd.CenterState]:
+    """`launch(fn, *args, **options)` with two workers of one thread and no view; each call has a folder of its own."""
+    monkeypatch.setenv("LAUNCHER", str(os.getpid()))
+    count = iter(range(1000))
+
+    def start(fn: Any, *args: Any, **options: Any) -> easgd.CenterState:
+        usual: dict[str, Any] = {"workers": 2, "threads": 1, "view": False}
+        if "resume" not in options:
+            usual["out"] = str(tmp_path / f"loop-{next(count)}")
+        with unpainted():
+            return easgd.launch(fn, args=args, **(usual | options))
 
     return start

@@ -121,6 +121,7 @@ def reads_its_loss(worker: LoopWorker, stop_at: int = 0) -> None:
         place.gpu.training.synchronize()
 
     place.touch = touch
+    place.gpu.training.synchronize()  # as memory for the first forward pass may
     if not stop_at:
         epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), 1)
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import easgd_local as easgd
 from easgd_local import graphics
 from easgd_local.faults import Fault
 from easgd_local.rules.downpour import Downpour
@@ -21,7 +19,6 @@ from easgd_local.rules.easgd import EASGD
 from easgd_local.rules.localsgd import LocalSGD
 from easgd_local.rules.passm import PASSM
 from tests import loops
-from tests.conftest import unpainted
 
 pytest_plugins = ["tests.fake_cuda"]
 pytestmark = pytest.mark.usefixtures("nothing_left", "fake_cuda")
@@ -137,22 +134,6 @@ def test_what_is_not_finite_in_the_last_exchanges_is_reported_too(run: Runner) -
 # Loops of one's own
 
 
-@pytest.fixture
-def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., easgd.CenterState]:
-    """`launch` with two workers of one thread and no view; each call has a folder of its own."""
-    monkeypatch.setenv("LAUNCHER", str(os.getpid()))
-    count = iter(range(1000))
-
-    def start(fn: Any, *args: Any, **options: Any) -> easgd.CenterState:
-        usual: dict[str, Any] = {"workers": 2, "threads": 1, "view": False}
-        if "resume" not in options:
-            usual["out"] = str(tmp_path / f"loop-{next(count)}")
-        with unpainted():
-            return easgd.launch(fn, args=args, **(usual | options))
-
-    return start
-
-
 @pytest.mark.parametrize("rule", [EASGD(tau=1), LocalSGD(tau=4), Downpour(tau=3)], ids=str)
 def test_a_loop_of_ones_own_computes_on_the_gpu_what_it_does_on_the_cpu(rule: Any, launch: Any, slow: None) -> None:
     loop = functools.partial(loops.bare, rule=rule)
@@ -198,7 +179,7 @@ def test_the_center_is_evaluated_though_a_worker_is_ahead_and_waits_in_the_drive
 
 
 def test_workers_that_wait_in_the_driver_and_die_are_replaced(launch: Any) -> None:
-    faults = (Fault("kill", 1, 5), Fault("pace", 0, 0, 0.05))
+    faults = (Fault("kill", 1, 3), Fault("pace", 0, 0, 0.15))
     center = launch(loops.reads_its_loss, device="cuda", faults=faults, on_failure="respawn")
     assert [one["state"] for one in center.summary["worker_reports"]] == ["finished", "finished"]
 

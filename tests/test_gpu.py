@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -256,19 +255,9 @@ Launch = Callable[..., easgd.CenterState]
 
 
 @pytest.fixture
-def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
-    """`launch` on the GPU with two workers and no view; each call has a folder of its own."""
-    monkeypatch.setenv("LAUNCHER", str(os.getpid()))
-    count = iter(range(1000))
-
-    def start(fn: Any, *args: Any, **options: Any) -> easgd.CenterState:
-        usual: dict[str, Any] = {"workers": 2, "threads": 1, "view": False, "device": "cuda"}
-        if "resume" not in options:
-            usual["out"] = str(tmp_path / f"loop-{next(count)}")
-        with unpainted():
-            return easgd.launch(fn, args=args, **(usual | options))
-
-    return start
+def launch(launch: Launch) -> Launch:
+    """As elsewhere, on the GPU."""
+    return functools.partial(launch, device="cuda")
 
 
 def sha(center: easgd.CenterState) -> str:

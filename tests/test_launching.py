@@ -18,26 +18,10 @@ import easgd_local as easgd
 from easgd_local import metrics
 from easgd_local.faults import Fault
 from tests import loops
-from tests.conftest import children, eventually, unpainted
+from tests.conftest import children, eventually
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 Launch = Callable[..., easgd.CenterState]
-
-
-@pytest.fixture
-def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
-    """`launch` with two workers of one thread and no view; each call has a folder of its own."""
-    monkeypatch.setenv("LAUNCHER", str(os.getpid()))
-    count = iter(range(1000))
-
-    def start(fn: Any, *args: Any, **options: Any) -> easgd.CenterState:
-        usual = {"workers": 2, "threads": 1, "view": False}
-        if "resume" not in options:
-            usual["out"] = str(tmp_path / f"run-{next(count)}")
-        with unpainted():
-            return easgd.launch(fn, args=args, **(usual | options))
-
-    return start
 
 
 def sha(center: easgd.CenterState) -> str:
