@@ -31,7 +31,8 @@ import numpy as np
 
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu, Transfer
-from easgd_local.backend.driver import DeviceMemory, Driver, DriverError, Event, HostMemory, Stream
+from easgd_local.backend.driver import Driver, DriverError
+from easgd_local.backend.resources import DeviceMemory, Event, HostMemory, Stream
 from easgd_local.devices import set_environment
 from easgd_local.graphics import Graphics, look
 

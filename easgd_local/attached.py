@@ -2,74 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import io
 import math
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from easgd_local import checkpoint, faults
-from easgd_local.backend.cpu import Vector, vector
-from easgd_local.batches import Positions
-from easgd_local.calibrate import recalibrate
+from easgd_local.attachment import Attachment
+from easgd_local.backend.cpu import Vector
 from easgd_local.center import Center
 from easgd_local.child import Refusal
 from easgd_local.devices import place_of
-from easgd_local.flat import Entry, Flat, Naming
-from easgd_local.randomness import random_state, restore_random, seed_of, seeded
-from easgd_local.rules.base import Rule
+from easgd_local.flat import Flat
+from easgd_local.loop_evaluator import LoopEvaluator, numbers
+from easgd_local.randomness import random_state, restore_random
 from easgd_local.stepping import Steps
 from easgd_local.turns import Aborted
 from easgd_local.visitor import Plan, Start, Visitor
-
-BUFFERS = ("average", "recalibrate", "local")
-OPTIMIZER_STATES = ("local", "reset")
-Evaluation = Callable[[nn.Module], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What a worker attaches: all workers must propose the same. `naming` is not compared."""
-
-    rule: Rule
-    turns: str
-    buffers: str
-    evaluates: bool
-    evaluate_every: int
-    block_bytes: int
-    optimizer_state: str
-    model: str
-    entries: tuple[Entry, ...]
-    n: int
-    parameters: int
-    dtypes: tuple[str, ...]  # of the entries' tensors
-    t: int
-    naming: Naming
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """The objects of the user's loop that a worker looks after."""
-
-    model: nn.Module
-    optimizers: tuple[Optimizer, ...]
-    optimizer_state: str
-    evaluate: Evaluation | None
-    calibrate_on: Iterable[Any] | None
-    stateful: tuple[Any, ...]
-    positions: Positions
-    generator: torch.Generator
 
 
 class Attached(Visitor):
@@ -97,6 +53,7 @@ class Attached(Visitor):
         self._tensor = self._place.tensor(self.x)
         self._ahead: tuple[int, Any] | None = None  # the clock of an exchange that has begun, and its d
         self._flat, self._attachment, self._conn = flat, attachment, conn
+        self._evaluator = LoopEvaluator(flat, attachment, self._place.device, post)
         self._evaluations = replace(plan.calendar, checkpoint_every=0)
         self._parameters = [id(one) for one in attachment.model.parameters()]
         self._steps = Steps(
@@ -418,18 +375,9 @@ class Attached(Visitor):
 
     # The center
 
-    def center_model(self, c: Vector | None = None) -> nn.Module:
-        """A copy of the model with the values of c (default: the center's, read now), in evaluation mode."""
-        values = vector(self._flat.n)
-        np.copyto(values, self._result(self._center.vectors) if c is None else c)
-        try:
-            model = copy.deepcopy(self._attachment.model)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise Refusal(f"the model cannot be copied, so the center cannot be looked at in one: {error}") from error
-        self._flat.of(model).bind(torch.from_numpy(values).to(self._place.device))
-        return model.eval()
+    def center_model(self) -> nn.Module:
+        """A copy of the model with the values of the center, read now, in evaluation mode."""
+        return self._evaluator.model_with(self._result(self._center.vectors))
 
     def _result(self, vectors: Mapping[str, Vector]) -> Vector:
         """A copy of what the rule reports, with the buffers of c."""
@@ -441,34 +389,9 @@ class Attached(Visitor):
         """Answers the launcher's question about the center's snapshot, which it has taken at step t."""
         values = self._result(self._center.snapshot)
         self._post("taken")
-        began, attachment = time.perf_counter(), self._attachment
-        model = self.center_model(values)
-        with seeded(seed_of(self._plan.seed, t)):  # whoever evaluates, wherever it holds
-            if attachment.calibrate_on is not None:
-                with self._failing("calibrate_on"):
-                    recalibrate(model, attachment.calibrate_on)
-            scores = self._scores(model) if attachment.evaluate else {}
-        buffers = self._flat.of(model).values()[self._buffers]
-        self._post("evaluated", scores, buffers, time.perf_counter() - began)
-
-    @torch.no_grad()
-    def _scores(self, model: nn.Module) -> dict[str, float]:
-        assert self._attachment.evaluate is not None
-        scores: dict[str, float] = {}
-        with self._failing("evaluate"):
-            scores = numbers(self._attachment.evaluate(model.eval()), "evaluate")
-        return scores
-
-    @contextlib.contextmanager
-    def _failing(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            text = str(error) if isinstance(error, Refusal) else f"{what}: raised {type(error).__name__}: {error}."
-            traceback.print_exc()
-            # The loop may catch exceptions around its step, so the launcher is told here.
-            self._post("failed evaluation", text, traceback.format_exc())
-            raise Aborted from error
+        began = time.perf_counter()
+        scores, seen = self._evaluator.evaluate(values, self._plan.seed, t)
+        self._post("evaluated", scores, seen[self._buffers], time.perf_counter() - began)
 
     # What the loop tells
 
@@ -481,40 +404,3 @@ class Attached(Visitor):
     @property
     def samples_per_step(self) -> int | None:
         return self._attachment.positions.batch_size
-
-
-def numbers(values: Any, what: str) -> dict[str, float]:
-    """Names and plain numbers; `Refusal` for anything else, or for a name that every event has."""
-    if not isinstance(values, dict):
-        raise Refusal(f"{what}: gave {type(values).__name__}, and must give names and numbers; write a dict of them.")
-    plain: dict[str, float] = {}
-    for name, value in values.items():
-        if not isinstance(name, str) or name in ("kind", "t", "seconds", "rank", "round", "evaluate_s", "nonfinite"):
-            raise Refusal(f"{what}: the name {name!r} is every event's own, or no word; choose another.")
-        try:
-            if isinstance(value, Tensor):
-                value = _element(value.detach())
-            plain[name] = int(value) if isinstance(value, int) else float(value)
-        except (TypeError, ValueError):
-            raise Refusal(
-                f"{what}: {name}={type(value).__name__} is not one number; give a number, or a tensor of one element."
-            ) from None
-    return plain
-
-
-def _element(value: Tensor) -> Tensor:
-    """The only one, to be read; what a GPU has to say against that is no mistake of the loop's."""
-    if value.numel() != 1 or value.is_complex() or value.is_meta:
-        raise ValueError
-    return value
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The module itself, without what torch.compile or a data-parallel wrapper has put around it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner

@@ -15,11 +15,13 @@ from torch import Tensor
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu, Transfer
 from easgd_local.center import Center
+from easgd_local.free_turns import FreeTurns
 from easgd_local.graphics import Graphics
+from easgd_local.link import Link
 from easgd_local.memory import MainMemory, Memory
 from easgd_local.schedules import Calendar
-from easgd_local.stream_turns import ORDERS, Link, StreamTurns
-from easgd_local.turns import FreeTurns, NoTurns, StrictTurns, TogetherTurns, Turns
+from easgd_local.stream_turns import ORDERS, StreamTurns
+from easgd_local.turns import NoTurns, StrictTurns, TogetherTurns, Turns
 
 Array = NDArray[np.float32]
 # What CUDA is told before it starts, unless the user said otherwise: as many queues as there can be, since of two

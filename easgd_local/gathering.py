@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from multiprocessing.reduction import send_handle
 
-from easgd_local.attached import Proposal
+from easgd_local.attachment import Proposal
 from easgd_local.center import Center
 from easgd_local.flat import Entry
 from easgd_local.launcher import Child, Launcher

@@ -5,7 +5,7 @@ from __future__ import annotations
 from easgd_local import hardware
 from easgd_local.graphics import Graphics, look
 from easgd_local.launcher import ChildDied, ask
-from easgd_local.stream_turns import DEPTH
+from easgd_local.link import DEPTH
 from easgd_local.visitor import Plan
 
 UNTRIED = "Training on GPUs has been tested on a pretended driver only; --device cuda uses them all the same."

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from easgd_local import kernels
 from easgd_local.backend.cuda import Gpu, compiled
-from easgd_local.backend.driver import Attribute, Device, Driver, DriverError, Stream
+from easgd_local.backend.driver import Attribute, Device, Driver, DriverError
+from easgd_local.backend.resources import Stream
 from easgd_local.stream_words import WAYS
 
 Capability = tuple[int, int]
@@ -33,7 +34,7 @@ ORDER = tuple(WAYS)  # from the best to the last resort
 class Graphics:
     """What all workers of a run know of the GPUs: compute capabilities by number, kernels, and how they exchange.
 
-    `words` is one of `stream_words.WAYS`, `exchange` one of `stream_turns.EXCHANGES`. `pretended`: the driver is that
+    `words` is one of `stream_words.WAYS`, `exchange` one of `link.EXCHANGES`. `pretended`: the driver is that
     of the tests, and torch computes on the CPU.
     """
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from easgd_local import checkpoint, child, hardware, hosted
-from easgd_local.attached import Proposal
+from easgd_local.attachment import Proposal
 from easgd_local.center import Center, Layout
 from easgd_local.centers import CenterState
 from easgd_local.config import MAX_STEPS, WORKERS, check_choices, check_limits

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from easgd_local.attached import Proposal
+from easgd_local.attachment import Proposal
 from easgd_local.center import Center
 from easgd_local.flat import Naming
 from easgd_local.gathering import WorkerFailed, admit, check_alike

@@ -7,9 +7,10 @@ from types import SimpleNamespace, TracebackType
 
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.center import Center
+from easgd_local.free_turns import Arbiter
 from easgd_local.rules.base import Rule
 from easgd_local.schedules import Calendar
-from easgd_local.turns import Arbiter, by_rank, owner, pass_turns
+from easgd_local.turns import by_rank, owner, pass_turns
 
 NEVER = 2**62  # a turn number and a round that nobody reaches
 

@@ -476,6 +476,10 @@ class Run:
         """Asks the run to stop: the first time with a checkpoint of all workers, the second time at once."""
         self._interrupts += 1
 
+    def stop(self, reason: str) -> None:
+        """Asks the run to stop with a checkpoint of the workers that are left: one so stopped has failed."""
+        self._stop_reason = self._stop_reason or reason
+
 
 def tell(one: Child, word: Any) -> None:
     """Says something to a child that may be dead already."""

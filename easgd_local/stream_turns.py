@@ -21,118 +21,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from easgd_local.backend.cuda import COUNTS, CudaOps, DeviceVector, Gpu
-from easgd_local.backend.driver import Event, Stream
-from easgd_local.center import Center
+from easgd_local.backend.cuda import COUNTS
+from easgd_local.backend.resources import Event
+from easgd_local.free_turns import FreeTurns
+from easgd_local.link import Link
 from easgd_local.schedules import Calendar
 from easgd_local.stream_words import WAYS
-from easgd_local.turns import Aborted, FreeTurns, Waiting, by_rank, owner, position, walk
+from easgd_local.turns import Aborted, Waiting, by_rank, owner, position, walk
 
-DEPTH = 3  # staging buffers: one coming, one in hand, one going
 LEAD = 2  # exchanges, and steps, that may be enqueued beyond those that are done
-EXCHANGES = ("overlap", "inline", "zerocopy")
-
-
-class Staged:
-    """A shared vector as rules see it on a GPU: in an exchange the copy on the device of the block in hand, and as a
-    whole the center's own, through the link: for what a worker alone writes."""
-
-    def __init__(self, buffers: list[DeviceVector], mapped: DeviceVector) -> None:
-        self._buffers = buffers
-        self._block, self._buffer = slice(0, 0), buffers[0]
-        self.address, self.whole, self.n, self.mapped = mapped.address, mapped.whole, mapped.n, True
-
-    def __len__(self) -> int:
-        return self.n
-
-    def hold(self, block: slice, place: int) -> None:
-        """Block `block` is in staging buffer `place`."""
-        self._block, self._buffer = block, self._buffers[place]
-
-    def __getitem__(self, b: slice) -> DeviceVector:
-        start, stop = b.start - self._block.start, b.stop - self._block.start
-        assert stop <= start or (0 <= start and stop <= self._block.stop - self._block.start), f"{b} is not in hand"
-        return self._buffer[max(0, start) : max(0, start, stop)]
-
-
-class Link:
-    """The center as the device of one worker reaches it: pinned where it lies while this is open.
-
-    `shared` are the center's vectors as rules see them in an exchange: `Staged`, or in place the mapped vectors
-    themselves. `out` is the stream of the rule's operations.
-    """
-
-    def __init__(self, center: Center, gpu: Gpu, ops: CudaOps, exchange: str) -> None:
-        self.center, self.gpu, self.ops = center, gpu, ops
-        self.in_place, self.inline = exchange == "zerocopy", exchange == "inline"
-        layout = center.layout
-        host = gpu.register(center.memory, layout.size_bytes)
-        self._host, self.mapped = host.handle, host.device_address()
-        self.out = gpu.own(Stream.create(gpu.driver, priority=-1))  # its short kernels go first
-        self.into = self.out if self.in_place else gpu.own(Stream.create(gpu.driver, priority=-1))
-        self.shared: dict[str, Any] = {}
-        if self.in_place:
-            for name in layout.shared:
-                self.shared[name] = self._mapped_vector(name)
-        else:
-            largest = max(layout.block(b).stop - layout.block(b).start for b in range(layout.blocks))
-            for name in layout.shared:
-                buffers = [gpu.allocate(largest) for _ in range(DEPTH)]
-                self.shared[name] = Staged(buffers, self._mapped_vector(name))
-        self._loaded, self._free = ([gpu.own(Event.create(gpu.driver)) for _ in range(DEPTH)] for _ in range(2))
-        self._ready = gpu.own(Event.create(gpu.driver))
-        self._visits, self._buffer, self._block = 0, 0, slice(0, 0)
-
-    def begin(self) -> None:
-        """What the training stream has made so far, the exchange may use."""
-        self._ready.record(self.gpu.training)
-        self.out.wait_event(self._ready)
-
-    def next_buffer(self) -> None:
-        """The next block to be fetched goes to the staging buffer that has been free for longest, once it is."""
-        self._buffer = self._visits % DEPTH
-        self._visits += 1
-        if not self.in_place:
-            self.into.wait_event(self._free[self._buffer])
-
-    def fetch(self, block: slice) -> None:
-        """The block is in hand: it may be read by what `out` does from here on."""
-        self._block = block
-        if self.in_place:
-            return
-        for name, staged in self.shared.items():
-            staged.hold(block, self._buffer)
-            to = staged[block]
-            if len(to):
-                self.into.copy_to_device(to.address, self._host + self._offset(name), 4 * len(to))
-        self._loaded[self._buffer].record(self.into)
-        self.out.wait_event(self._loaded[self._buffer])
-
-    def bring_back(self, place: str = "") -> None:
-        """What has become of the block in hand goes back to the center, or to its copy of the name `place` + name."""
-        for name, vector in self.shared.items():
-            source = vector[self._block]
-            if not len(source):
-                continue
-            with self.ops.on(self.out):
-                if not self.in_place:
-                    self.ops.order([], [vector])
-                    self.out.copy_to_host(self._host + self._offset(place + name), source.address, 4 * len(source))
-                elif place:
-                    self.ops.copy(self._mapped_vector(place + name)[self._block], source)
-
-    def release(self) -> None:
-        """The staging buffer is free again when `out` has got here."""
-        if not self.in_place:
-            self._free[self._buffer].record(self.out)
-
-    def _mapped_vector(self, name: str) -> DeviceVector:
-        address = self.mapped + self.center.layout.vector_offset_bytes(name)
-        return DeviceVector(address, self.center.layout.n, address, mapped=True)
-
-    def _offset(self, name: str) -> int:
-        """Bytes from the start of the center to the block in hand of a vector."""
-        return self.center.layout.vector_offset_bytes(name) + 4 * self._block.start
 
 
 class StreamTurns(Waiting):

@@ -11,7 +11,7 @@ from ctypes import c_float, c_uint64
 from typing import Protocol
 
 from easgd_local.backend.cuda import DeviceVector, Gpu
-from easgd_local.backend.driver import Stream
+from easgd_local.backend.resources import Stream
 from easgd_local.center import Center
 from easgd_local.words import LINE_BYTES
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from easgd_local.backend.driver import Context, Device, DeviceMemory, Driver, Event, HostMemory, Module, Stream
+from easgd_local.backend.driver import Device, Driver
+from easgd_local.backend.resources import Context, DeviceMemory, Event, HostMemory, Module, Stream
 from easgd_local.words import LINE_BYTES, words
 
 PAGE = 4096

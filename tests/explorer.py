@@ -17,7 +17,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from easgd_local import turns
+from easgd_local import free_turns, turns
 from easgd_local.referee import NEVER, Referee
 from easgd_local.rules.sgd import SGD
 from easgd_local.schedules import Calendar
@@ -714,7 +714,7 @@ class Free:
     def _decide(self, request: Any, grant: Any, done: Any, gone: Any, last: Any) -> tuple[Any, Any]:
         """What `Arbiter.grant` would store, and what it remembers, if it saw these words."""
         center = self._center(request, grant, done)
-        arbiter = turns.Arbiter(center)
+        arbiter = free_turns.Arbiter(center)
         arbiter._last = list(last)
         went = arbiter.grant(gone)
         writing = tuple((place, new) for place, new in enumerate(center.grant) if new != grant[place])
@@ -724,7 +724,7 @@ class Free:
     def _readmit(self, state: FreeState, rank: int) -> FreeState:
         """A new worker sets itself up while its rank is still gone, and is admitted."""
         center = self._center(state.request, state.grant, state.done)
-        new = turns.FreeTurns(center, rank, lambda: None)
+        new = free_turns.FreeTurns(center, rank, lambda: None)
         return state._replace(
             request=tuple(center.request), done=tuple(center.done), finished=put(state.finished, rank, new.round),
             dead=put(state.dead, rank, False), gone=state.gone - {rank}, readmissions=state.readmissions - 1,

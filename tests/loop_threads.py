@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from easgd_local.attached import Attached, Attachment
+from easgd_local.attached import Attached
+from easgd_local.attachment import Attachment
 from easgd_local.batches import Positions
 from easgd_local.center import Center, Layout
 from easgd_local.config import MAX_STEPS

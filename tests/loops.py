@@ -279,6 +279,18 @@ def fails_after(worker: LoopWorker) -> None:
     model(torch.ones(1, 4))
 
 
+def leader_fails(worker: LoopWorker) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    worker.attach(model, optimizer, easgd.EASGD(tau=4))
+
+    def after() -> None:
+        if worker.rank == 0 and worker.t == 9:
+            raise KeyError("no such column")
+
+    epochs_of(worker, model, optimizer, worker.loader(digits()[0], 32), 10**6, after)
+
+
 def bad_evaluation(worker: LoopWorker) -> None:
     model = nn.Linear(3, 2)
     worker.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), easgd.EASGD(), evaluate=lambda model: model(1))

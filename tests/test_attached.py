@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from easgd_local.attached import plain_model
+from easgd_local.attachment import plain_model
 from easgd_local.child import Refusal
 from easgd_local.faults import Fault
 from easgd_local.flat import Flat

@@ -18,20 +18,8 @@ import pytest
 
 from easgd_local import kernels
 from easgd_local.backend import driver as module
-from easgd_local.backend.driver import (
-    SYMBOLS,
-    Attribute,
-    Context,
-    Device,
-    DeviceMemory,
-    Driver,
-    DriverError,
-    Event,
-    HostMemory,
-    Module,
-    Resource,
-    Stream,
-)
+from easgd_local.backend.driver import SYMBOLS, Attribute, Device, Driver, DriverError
+from easgd_local.backend.resources import Context, DeviceMemory, Event, HostMemory, Module, Resource, Stream
 from easgd_local.words import LINE_BYTES
 from tests.conftest import eventually
 from tests.driver_peers import PAGE, SLOTS, Rig, Shared, size_bytes, wrong_blocks

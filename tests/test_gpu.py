@@ -26,13 +26,13 @@ from easgd_local.data import OnDevice
 from easgd_local.faults import Fault
 from easgd_local.graphics import ORDER, Graphics, look
 from easgd_local.launcher import ask, warm_up
+from easgd_local.link import EXCHANGES
 from easgd_local.rules.diloco import DiLoCo
 from easgd_local.rules.downpour import Downpour
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.easgd import EASGD
 from easgd_local.rules.localsgd import LocalSGD
 from easgd_local.rules.passm import PASSM
-from easgd_local.stream_turns import EXCHANGES
 from easgd_local.training import train
 from tests import loops, test_joining
 from tests import test_stream_turns as shown

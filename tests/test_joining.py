@@ -97,8 +97,15 @@ def test_workers_with_different_models_are_told_in_one_sentence_each(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_taken_folder_and_different_options_are_told_to_all_and_a_script_may_join_again(tmp_path):
-    again = "loops.train(worker)\n" + "".join(
+def test_what_fails_in_one_block_is_told_to_all_and_a_script_may_join_again(tmp_path):
+    leader_fails = (
+        "try:\n"
+        "    with easgd.join(view=False, out='failed') as again:\n"
+        "        loops.leader_fails(again)\n"
+        "except (KeyError, SystemExit) as error:\n"
+        "    pathlib.Path(f'fails-{worker.rank}').write_text(repr(error))\n"
+    )
+    again = f"loops.train(worker)\n{leader_fails}" + "".join(
         "try:\n"
         f"    with easgd.join(view=False, {options}) as again:\n"
         "        loops.train(again)\n"
@@ -112,6 +119,12 @@ def test_a_taken_folder_and_different_options_are_told_to_all_and_a_script_may_j
     for rank in range(2):
         assert (tmp_path / f"taken-{rank}").read_text().startswith("out=run: exists already and is not an empty f")
         assert (tmp_path / f"differs-{rank}").read_text() == differs
+    assert (tmp_path / "fails-0").read_text() == "KeyError('no such column')"
+    assert (tmp_path / "fails-1").read_text() == "SystemExit(130)"
+    summary = json.loads((tmp_path / "failed" / "summary.json").read_text())
+    assert summary["status"] == "failed" and summary["failures"][0]["rank"] == 0
+    (saved,) = (tmp_path / "failed" / "checkpoints").iterdir()
+    assert (saved / "worker-1.pt").exists()
 
 
 def test_a_block_that_attaches_nothing_is_told_in_one_sentence(tmp_path):

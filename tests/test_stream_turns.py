@@ -16,10 +16,11 @@ from easgd_local.backend.cpu import CpuOps
 from easgd_local.backend.cuda import OPERATIONS, CudaOps, Gpu, Transfer, compiled
 from easgd_local.center import Center
 from easgd_local.graphics import Graphics
+from easgd_local.link import Link
 from easgd_local.referee import Referee
 from easgd_local.respondent import Respondent
 from easgd_local.schedules import Calendar
-from easgd_local.stream_turns import Link, StreamStrict
+from easgd_local.stream_turns import StreamStrict
 from easgd_local.turns import Aborted
 from tests import listings, threads
 from tests.conftest import eventually

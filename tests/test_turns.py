@@ -18,21 +18,11 @@ from hypothesis import strategies as st
 
 from easgd_local import turns
 from easgd_local.center import Center, Layout
+from easgd_local.free_turns import Arbiter, FreeTurns
 from easgd_local.referee import NEVER, Referee
 from easgd_local.rules.sgd import SGD
 from easgd_local.schedules import Calendar
-from easgd_local.turns import (
-    Aborted,
-    Arbiter,
-    FreeTurns,
-    NoTurns,
-    StrictTurns,
-    TogetherTurns,
-    owner,
-    pass_turns,
-    position,
-    walk,
-)
+from easgd_local.turns import Aborted, NoTurns, StrictTurns, TogetherTurns, owner, pass_turns, position, walk
 from tests.conftest import eventually
 from tests.explorer import Explored, Free, Hogwild, Op, Strict, Together, everything, explore
 

@@ -23,18 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from easgd_local import kernels
-from easgd_local.backend.driver import (
-    Context,
-    Device,
-    DeviceMemory,
-    Driver,
-    DriverError,
-    Event,
-    Function,
-    HostMemory,
-    Module,
-    Stream,
-)
+from easgd_local.backend.driver import Device, Driver, DriverError
+from easgd_local.backend.resources import Context, DeviceMemory, Event, Function, HostMemory, Module, Stream
 
 THREADS, MOST_BLOCKS = 256, 1024  # of a launch; the loops are grid-stride
 LINK_BLOCKS = 64  # of a launch that the link bounds, and that must not fill the device: a guess, not measured
