@@ -99,12 +99,12 @@ def alone(request: pytest.FixtureRequest) -> None:
     """For fixtures that start processes."""
     name = request.node.nodeid
     assert group_of(name) in GROUPS, f"{name} starts processes: name its file among GROUPS in tests/conftest.py"
+    warm_up("easgd_local.preload_loop")  # before a run starts the fork server without what loops need of it
 
 
 @pytest.fixture
 def nothing_left(alone: None) -> Iterator[None]:
     """Fails the test if it leaves a process or a descriptor behind."""
-    warm_up("easgd_local.preload_loop")  # the fork server and its descriptors stay for the next run
     before = descriptors()
     yield
     assert eventually(lambda: not children(), 5), f"processes left: {children()}"

@@ -64,7 +64,7 @@ def nothing_to_collect() -> None:
 @pytest.fixture
 def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Runs a command line that must be refused with one sentence and leave nothing behind; returns the sentence."""
-    warm_up()
+    warm_up("easgd_local.preload_loop")
 
     def attempt(*arguments: str) -> str:
         before, files = descriptors(), sorted(here.rglob("*"))

@@ -54,7 +54,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(missing()), reason=f"no G
 @pytest.fixture(scope="session")
 def found() -> Graphics:
     """What the driver offers."""
-    warm_up()
+    warm_up("easgd_local.preload_loop")
     graphics: Graphics = ask(look)
     return graphics
 
