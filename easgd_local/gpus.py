@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 from easgd_local import hardware
-from easgd_local.graphics import Graphics, look
+from easgd_local.graphics import Capability, Graphics, Images, look
 from easgd_local.launcher import ChildDied, ask
 from easgd_local.link import DEPTH
 from easgd_local.visitor import Plan
 
 UNTRIED = "Training on GPUs has been tested on a pretended driver only; --device cuda uses them all the same."
 MPS = "MPS is active, with which easgd_local has never been tried; if a run hangs, stop the MPS daemon."
+
+_compiled: dict[Capability, Images] = {}  # once for all runs of this process
 
 
 def chosen(device: str, exchange: str) -> tuple[Graphics | None, list[str]]:
@@ -29,12 +33,13 @@ def chosen(device: str, exchange: str) -> tuple[Graphics | None, list[str]]:
 def find() -> Graphics:
     """The GPUs of this machine, looked for in a process of their own; `ValueError` for what is missing."""
     try:
-        found: Graphics = ask(look)
+        found: Graphics = ask(functools.partial(look, _compiled))
     except ChildDied as error:
         raise ValueError(
             f"device=cuda: the process that looks for GPUs ended without an answer ({error}), so the driver does not "
             f"work; see what nvidia-smi says, or use --device cpu."
         ) from error
+    _compiled.update(found.images)
     return found
 
 

@@ -18,6 +18,7 @@ from easgd_local.flat import Flat
 from easgd_local.halves import narrow
 from easgd_local.loss_scale import scale_of, unscale
 from easgd_local.memory import MainMemory, Memory
+from easgd_local.randomness import seed_model
 
 PRECISIONS = {  # the type of torch's autocast, and that of the parameters
     "fp32": (None, torch.float32),
@@ -143,7 +144,7 @@ class Gradient:
             self.flat.bind(self._memory.tensor(at))
             self._bound = at
         inputs, targets, seed = self._minibatch(t)
-        torch.manual_seed(seed)
+        seed_model(seed, self._device)
         ops.fill(self._g, 0.0)
         self._memory.touch([at], [self._g])  # and the buffers in `at`, of which an exchange has a copy
         self.flat.halves.round()

@@ -21,6 +21,7 @@ from easgd_local.backend.resources import Stream
 from easgd_local.stream_words import WAYS
 
 Capability = tuple[int, int]
+Images = Mapping[str, bytes]  # the machine code of each file of kernels
 
 SMALL_BYTES = 1 << 20  # of c: below it blocks are not worth carrying. Not measured on a GPU yet.
 CONTEXT_BYTES = 600 << 20  # what a process takes of a GPU beside its vectors and activations: an estimate
@@ -41,7 +42,7 @@ class Graphics:
     names: tuple[str, ...]
     capabilities: tuple[Capability, ...]
     free_bytes: tuple[int, ...]
-    images: Mapping[Capability, Mapping[str, bytes]]
+    images: Mapping[Capability, Images]
     words: str
     coherent: bool
     mps: bool
@@ -52,7 +53,7 @@ class Graphics:
         """The number of the GPU of worker `rank`: neighbours in rank are on different ones."""
         return rank % len(self.capabilities)
 
-    def images_for(self, rank: int) -> Mapping[str, bytes]:
+    def images_for(self, rank: int) -> Images:
         """The kernels for the GPU of worker `rank`."""
         return self.images[self.capabilities[self.device_of(rank)]]
 
@@ -102,8 +103,10 @@ def effective(graphics: Graphics | None) -> dict[str, str]:
     return {"device": device_name(graphics), **ways}
 
 
-def look() -> Graphics:
+def look(known: Mapping[Capability, Images] | None = None) -> Graphics:
     """Asks the driver, torch and CuPy; `ValueError` with one sentence for what is missing. Starts CUDA in this process.
+
+    known: kernels that need not be compiled again.
     """
     try:
         driver = Driver.open()
@@ -111,7 +114,7 @@ def look() -> Graphics:
         if not driver.pretended:
             _check_torch(driver)
         capabilities = tuple(device.compute_capability for device in devices)
-        images = {one: _compile(one) for one in set(capabilities)}
+        images = {one: (known or {}).get(one) or _compile(one) for one in set(capabilities)}
         ways = [_trial(device, images[device.compute_capability]) for device in devices]
     except DriverError as error:
         raise ValueError(f"device=cuda: {error}") from error
@@ -139,7 +142,7 @@ def _check_torch(driver: Driver) -> None:
     )
 
 
-def _compile(capability: Capability) -> dict[str, bytes]:
+def _compile(capability: Capability) -> Images:
     try:
         return {name: compiled(name, capability) for name in kernels.names()}
     except ImportError as error:
@@ -156,7 +159,7 @@ def _compile(capability: Capability) -> dict[str, bytes]:
         ) from error
 
 
-def _trial(device: Device, images: Mapping[str, bytes]) -> tuple[str, int]:
+def _trial(device: Device, images: Images) -> tuple[str, int]:
     """The best way that this device really waits for and writes words of pinned host memory, and its free bytes."""
     gpu = Gpu(images, device.number)
     free = gpu.driver.free_bytes()

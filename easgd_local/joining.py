@@ -31,7 +31,7 @@ from easgd_local.launching import LaunchConfig
 from easgd_local.leading import Leader, peer
 from easgd_local.loop import LoopWorker
 from easgd_local.randomness import seed_all, seed_of
-from easgd_local.run import signals
+from easgd_local.signals import signals
 from easgd_local.visitor import Stopped
 
 WATCH_S = 0.5

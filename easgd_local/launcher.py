@@ -88,6 +88,11 @@ class Child:
     refused: bool = False  # whether that was a mistake that ends the whole run
     said: set[str] = field(default_factory=set)  # kinds of messages it has sent
 
+    def tell(self, word: Any) -> None:
+        """Says something to it, if it is not dead already: then its exit is about to be told."""
+        with contextlib.suppress(OSError):
+            self.conn.send(word)
+
 
 Message = tuple[Any, ...]
 

@@ -15,7 +15,7 @@ from easgd_local.flat import Naming
 from easgd_local.gathering import WorkerFailed, admit, check_alike
 from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener
-from easgd_local.run import Run, tell
+from easgd_local.run import Run
 from easgd_local.summary import Settings
 from easgd_local.visitor import Plan, Start
 
@@ -96,7 +96,7 @@ class LoopRun(Run):
             case ("own", naming), int(rank):
                 self._namings[rank] = naming
             case ("event", "log", values), int(rank):
-                self._event("log", rank=rank, **values)
+                self._chronicle.event("log", rank=rank, **values)
             case ("failed evaluation", text, trace), int(rank):
                 error = ValueError(f"worker {rank}: {text}")
                 error.__cause__ = WorkerFailed(trace)
@@ -154,7 +154,7 @@ class LoopRun(Run):
                 asked = (t, rank) in self._asked_to_save or rank in self._assembly.savers(t)
                 if self._tallies[rank].state == "finished" and not asked:
                     self._asked_to_save.add((t, rank))
-                    tell(one, ("save", t))
+                    one.tell(("save", t))
 
     def _waits_for_the_rest(self) -> bool:
         return False  # the rest may be long

@@ -24,6 +24,18 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
+def seed_model(seed: int, device: torch.device) -> None:
+    """Seeds what a model draws from in its forward pass: torch's generators on the CPU and, if it is there, on its GPU.
+
+    `torch.manual_seed` gives them the same states, but each time tells all kinds of devices that there might be, which
+    takes as long as half a step of a small network.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The state of all."""
     state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}

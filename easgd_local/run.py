@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -16,14 +14,16 @@ from torch import Tensor
 
 from easgd_local import checkpoint, hardware, metrics, overhead, report
 from easgd_local.backend.cpu import Vector
+from easgd_local.chronicle import Chronicle
 from easgd_local.graphics import device_name
 from easgd_local.launcher import Child, Launcher, Message
-from easgd_local.metrics import Listener, Metrics
+from easgd_local.metrics import Listener
 from easgd_local.referee import NEVER, Referee
+from easgd_local.signals import signals
 from easgd_local.summary import Clock, Ready, Tally, is_finite, summarize
 from easgd_local.visitor import Start
 
-IDLE_S, BUSY_S, VIEW_S = 0.02, 0.002, 0.1
+IDLE_S, BUSY_S = 0.02, 0.002
 
 
 class Run:
@@ -34,11 +34,12 @@ class Run:
     """
 
     def __init__(self, prepared: Ready, listeners: Sequence[Listener] = ()) -> None:
-        self._prepared, self._listeners, self._plan = prepared, list(listeners), prepared.plan
+        self._prepared, self._plan = prepared, prepared.plan
         self._center, self._calendar, self._folder = prepared.center, prepared.plan.calendar, prepared.plan.folder
         self._ranks = range(self._plan.layout.workers)
         self._in_rounds = self._plan.in_rounds
         self._clock = Clock(prepared.seconds)
+        self._chronicle = Chronicle(prepared, self._clock, listeners)
         self._tallies = [Tally(rank) for rank in self._ranks]
         self._reloads = [0] * len(self._tallies)  # how often a worker's values were not finite
         self._joined = dict.fromkeys(self._ranks, -1)  # the clock at which a worker joined a run under way
@@ -59,9 +60,8 @@ class Run:
         self._buffers: Vector | None = None
         self._evaluate_s = 0.0
         self._interrupts, self._stop_reason, self._stop_t = 0, "", -1
-        self._held, self._diverged, self._abandoned, self._shown_at = False, False, False, 0.0
+        self._held, self._diverged, self._abandoned = False, False, False
         self._failures: list[dict[str, Any]] = []
-        self._warnings = list(prepared.warnings)
         crowded = len(self._ranks) * self._plan.threads > hardware.cores()
         self._overhead = overhead.watch(self._plan.rule, crowded=crowded, steps=self._calendar.steps)
 
@@ -69,8 +69,7 @@ class Run:
         """Trains to the end, or until interrupted; writes the run folder; returns the summary."""
         checkpoint.discard_partial(self._folder)
         with (
-            self._tensorboard() as tensorboard,
-            Metrics(self._folder, self._listeners + tensorboard, resume_t=self._prepared.t) as self._metrics,
+            self._chronicle.open(),
             signals(self._interrupt),
             self._processes() as self._launcher,
             Referee(self._center, self._calendar, self._plan.rule, self._plan.turns) as self._referee,
@@ -133,28 +132,17 @@ class Run:
             c[buffers] = self._buffers
         return c
 
-    @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator[list[Listener]]:
-        """A listener that draws for TensorBoard, if that is wanted."""
-        if not self._prepared.config.tensorboard:
-            yield []
-            return
-        from easgd_local.tensorboard import TensorBoard
-
-        with TensorBoard(self._folder, resume_t=self._prepared.t or None) as listener:
-            yield [listener]
-
     # The course
 
     def _start(self) -> None:
         plan, prepared = self._plan, self._prepared
-        self._event(
+        self._chronicle.event(
             "start", rule=plan.rule.name, workers=len(self._ranks), parameters=prepared.parameters,
             threads=plan.threads, device=device_name(plan.graphics), tau=self._calendar.tau,
             hyperparameters=plan.rule.derived(len(self._ranks)), **self._described(),
         )  # fmt: skip
         for message in prepared.warnings:
-            self._event("warning", message=message)
+            self._chronicle.event("warning", message=message)
         self._start_evaluator()
         for rank, start in prepared.starts.items():
             self._start_worker(rank, start)
@@ -167,7 +155,7 @@ class Run:
                 break
         self._clock.start()
         for one in self._workers.values():
-            tell(one, 0)
+            one.tell(0)
 
     def _supervise(self) -> None:
         """Until no worker is left, or an interrupt that will not wait for them."""
@@ -204,17 +192,19 @@ class Run:
 
     def _conclude(self) -> dict[str, Any]:
         if not is_finite(self._prepared):
-            self._warn("the center holds values that are not finite.")
+            self._chronicle.warn("the center holds values that are not finite.")
         for rank, times in enumerate(self._reloads):
             if times:
                 often = "once" if times == 1 else f"{times} times"
-                self._warn(f"worker {rank} was reloaded from the center {often}, as its values were not finite.")
+                self._chronicle.warn(
+                    f"worker {rank} was reloaded from the center {often}, as its values were not finite."
+                )
         summary: dict[str, Any] = {"status": self._status(), "interrupts": self._interrupts} | summarize(
             self._prepared, self._tallies, self._scores, seconds=self._clock.seconds, evaluate_s=self._evaluate_s,
             evaluated_at=self._evaluated_t if self._scores else None,
-            failures=self._failures, warnings=self._warnings,
+            failures=self._failures, warnings=self._chronicle.warnings,
         )  # fmt: skip
-        self._event("end", t=summary["steps"], status=summary["status"])
+        self._chronicle.event("end", t=summary["steps"], status=summary["status"])
         state = self.center_state()
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         (self._folder / "center.safetensors").write_bytes(safetensors.torch.save(tensors))
@@ -238,7 +228,7 @@ class Run:
     def _step(self, timeout_s: float) -> None:
         for child, message in self._launcher.poll(timeout_s):
             self._hear(child, message)
-        self._show()
+        self._chronicle.show(evaluating=list(self._workers) if self._held else [])
 
     def _hear(self, one: Child, message: Message) -> None:
         match message, one.rank:
@@ -251,15 +241,15 @@ class Run:
             case ("event", "worker", values), int(rank):
                 self._tallies[rank].count(values)
                 shown = {name: value for name, value in values.items() if name != "waited_for_s"}
-                self._event("worker", rank=rank, **shown)
+                self._chronicle.event("worker", rank=rank, **shown)
                 if self._overhead and (advice := self._overhead.hear(rank, self._clock.seconds, values)):
-                    self._warn(advice)
+                    self._chronicle.warn(advice)
             case ("warning", text), _:
-                if text not in self._warnings:
-                    self._warn(text)
+                if text not in self._chronicle.warnings:
+                    self._chronicle.warn(text)
             case ("event", "nonfinite", values), int(rank):
                 self._reloads[rank] += 1
-                self._event("nonfinite", rank=rank, times=self._reloads[rank], **values)
+                self._chronicle.event("nonfinite", rank=rank, times=self._reloads[rank], **values)
             case ("ready",), int(rank) if self._tallies[rank].state == "starting":
                 self._readmit(rank)
             case ("saved", label, clock, name, digest), int(rank):
@@ -277,7 +267,7 @@ class Run:
         for word in (self._center.waiting_for, self._center.held, self._center.earliest_stop):
             word[rank] = 0  # it waits for nobody and holds no more, and writes no more itself
         if self._tallies[rank].state in ("finished", "stopped"):
-            self._event(self._tallies[rank].state, rank=rank)
+            self._chronicle.event(self._tallies[rank].state, rank=rank)
         elif self._tallies[rank].state == "training" or (self._tallies[rank].state == "starting" and self._stop_t < 0):
             self._worker_died(rank, cause or "exited before its last step")
         self._commit()
@@ -287,7 +277,7 @@ class Run:
         made_a_step = t > (tally.steps if tally.predecessors else self._prepared.t)
         tally.state, tally.steps = "died", t
         self._failures.append({"rank": rank, "t": t, "cause": cause})
-        self._event("death", rank=rank, t=t, cause=cause)
+        self._chronicle.event("death", rank=rank, t=t, cause=cause)
         if policy == "stop":
             self._stop_reason = self._stop_reason or f"worker {rank} died and on_failure is stop"
         elif policy == "respawn" and made_a_step and not self._stop_reason:
@@ -304,8 +294,8 @@ class Run:
             self._launcher.kill(self._workers[rank])
             return
         self._tallies[rank].state, self._tallies[rank].steps, self._joined[rank] = "training", t, t
-        self._event("respawn", rank=rank, t=t)
-        tell(self._workers[rank], t)
+        self._chronicle.event("respawn", rank=rank, t=t)
+        self._workers[rank].tell(t)
 
     def _evaluator_exited(self, cause: str | None) -> None:
         """An evaluator that is no worker is gone."""
@@ -413,7 +403,7 @@ class Run:
             center.save[0] = self._stop_t + 1
             center.stop[0] = 1
         self._assembly.drop_after(self._stop_t)
-        self._event("stop", t=self._stop_t, reason=self._stop_reason)
+        self._chronicle.event("stop", t=self._stop_t, reason=self._stop_reason)
 
     def _waits_for_the_rest(self) -> bool:
         """Whether a stop comes so late that all go to the end: some have got there already."""
@@ -422,7 +412,7 @@ class Run:
     def _ask(self, round: int, t: int) -> None:
         if evaluator := self._evaluator:
             self._asked = round, t
-            tell(evaluator, ("evaluate", t))
+            evaluator.tell(("evaluate", t))
         else:  # all died meanwhile
             self._center.taken[0] = max(self._center.taken[0], round + 1)
 
@@ -436,38 +426,20 @@ class Run:
         round, t = self._asked
         self._asked, self._scores, self._buffers, self._evaluated_t = None, scores, buffers, t
         self._evaluate_s += took_s
-        self._event("center", t=t, round=round, evaluate_s=took_s, **scores)
+        self._chronicle.event("center", t=t, round=round, evaluate_s=took_s, **scores)
         if not math.isfinite(scores.get("train_loss", 0.0)) and not self._diverged:
             self._diverged = True
             self._stop_reason = self._stop_reason or "diverged"
-            self._warn(f"the center's training loss is not finite: diverged; try less than lr={self._plan.rule.lr}.")
+            self._chronicle.warn(
+                f"the center's training loss is not finite: diverged; try less than lr={self._plan.rule.lr}."
+            )
 
     def _commit(self) -> None:
         joined = {rank: self._joined[rank] for rank in self._workers if self._tallies[rank].state != "starting"}
         for t, folder in self._assembly.commit(joined, self._clock.seconds):
-            self._event("checkpoint", t=t, path=str(folder))
+            self._chronicle.event("checkpoint", t=t, path=str(folder))
 
-    # Small things
-
-    def _event(self, kind: str, *, t: int | None = None, rank: int | None = None, **values: Any) -> None:
-        if t is None:
-            t = self._prepared.t if rank is None else self._center.clock[rank]
-        self._metrics.write(kind, t=t, seconds=self._clock.seconds, rank=rank, **values)
-
-    def _warn(self, message: str) -> None:
-        self._warnings.append(message)
-        self._event("warning", message=message, t=max(self._center.clock[rank] for rank in self._ranks))
-
-    def _show(self) -> None:
-        """Lets the views draw the clocks, a few times a second."""
-        if time.monotonic() - self._shown_at < VIEW_S:
-            return
-        self._shown_at = time.monotonic()
-        clocks = [self._center.clock[rank] for rank in self._ranks]
-        waiting_for = {rank: word - 1 for rank in self._ranks if (word := self._center.waiting_for[rank])}
-        for listener in self._listeners:
-            if hasattr(listener, "tick"):
-                listener.tick(clocks, waiting_for=waiting_for, evaluating=list(self._workers) if self._held else [])
+    # What others ask of it
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupt()
@@ -479,24 +451,3 @@ class Run:
     def stop(self, reason: str) -> None:
         """Asks the run to stop with a checkpoint of the workers that are left: one so stopped has failed."""
         self._stop_reason = self._stop_reason or reason
-
-
-def tell(one: Child, word: Any) -> None:
-    """Says something to a child that may be dead already."""
-    with contextlib.suppress(OSError):  # dead already: its exit is about to be told
-        one.conn.send(word)
-
-
-@contextlib.contextmanager
-def signals(handler: Any) -> Iterator[None]:
-    """SIGINT and SIGTERM are answered by `handler` meanwhile (only the main thread can ask for that)."""
-    try:
-        old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)

@@ -80,7 +80,7 @@ class Training(Run):
         self._snapshot_taken()
         self._asked = self._due = None
         if cause and self._stop_t < 0:
-            self._warn(
+            self._chronicle.warn(
                 f"the evaluator died ({cause}): no evaluation from here on; see {self._folder}/logs/evaluator.log."
             )
 

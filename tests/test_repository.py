@@ -32,6 +32,7 @@ LAYERS = (
     ("launching",),
     ("prepare", "looprun"),
     ("run",),
+    ("chronicle",),
     ("summary",),
     ("runfolder",),
     ("config",),
@@ -61,7 +62,7 @@ LAYERS = (
     ("flat",),
     ("halves",),
     ("backend.*",),
-    ("argument_types",),
+    ("argument_types", "signals"),
     ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition", "randomness"),
 )
 

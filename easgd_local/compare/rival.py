@@ -28,6 +28,7 @@ from easgd_local.data import Dataset, Sampler
 from easgd_local.evaluate import evaluate
 from easgd_local.gradient import Computing
 from easgd_local.learning_rate import LearningRate
+from easgd_local.randomness import seed_model
 from easgd_local.summary import Clock
 
 
@@ -111,7 +112,7 @@ class RivalProcess:
         for t, (images, labels) in enumerate(self._dataset.train.stream(data.order(sampler))):
             rng = data.step_rng(plan.seed, rank, t)
             inputs = data.prepare(images, self._dataset, rng)
-            torch.manual_seed(int(rng.integers(2**62)))  # dropout's
+            seed_model(int(rng.integers(2**62)), torch.device("cpu"))  # for dropout
             yield plan.computing.inputs(inputs), torch.from_numpy(labels)
 
     def _step(self, t: int, inputs: torch.Tensor, targets: torch.Tensor) -> None:

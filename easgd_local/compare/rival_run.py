@@ -24,8 +24,8 @@ from easgd_local.gradient import Computing
 from easgd_local.launcher import Launcher, Message
 from easgd_local.metrics import Metrics
 from easgd_local.prepare import load, thread_count
-from easgd_local.run import signals
 from easgd_local.runfolder import claim
+from easgd_local.signals import signals
 
 POLL_S = 0.05
 
