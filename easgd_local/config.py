@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from easgd_local.faults import Fault
 from easgd_local.learning_rate import LearningRate
 from easgd_local.rules import rule_class
-from easgd_local.rules.base import Rule, make_plain
+from easgd_local.rules.base import Rule, hints_of, make_plain
 
 WORKERS = 4  # the paper's node
 LR_DECAY = 0.1
@@ -199,7 +199,7 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 def choices_of(kind: type) -> dict[str, tuple[str, ...]]:
     """The fields of a configuration that hold one of some words, and these words."""
-    return {name: choices for name, hint in get_type_hints(kind).items() if (choices := _choices(hint))}
+    return {name: choices for name, hint in hints_of(kind).items() if (choices := _choices(hint))}
 
 
 CHOICES = choices_of(Config)

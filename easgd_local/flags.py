@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from easgd_local.argument_types import number, whole
 from easgd_local.config import CHOICES, Config
 from easgd_local.rules import RULES, rule_class
-from easgd_local.rules.base import Rule, plain_type
+from easgd_local.rules.base import Rule, hints_of, plain_type
 
 NOT_FLAGS = {"rule", "faults"}
 FOLDERS = {"data_dir", "out"}
@@ -29,7 +29,7 @@ def rule_fields() -> dict[str, Any]:
 
 def add_rule_flags(group: Any, *, without: str = "") -> None:
     """The flags of all the rules, but for one."""
-    hints = {name: hint for rule in RULES.values() for name, hint in get_type_hints(rule).items()}
+    hints = {name: hint for rule in RULES.values() for name, hint in hints_of(rule).items()}
     for name, one in rule_fields().items():
         if name == without:
             continue
@@ -39,7 +39,7 @@ def add_rule_flags(group: Any, *, without: str = "") -> None:
 
 def add_config_flags(group: Any, names: Sequence[str] = ()) -> None:
     """The flags of the run: these, or all."""
-    hints = get_type_hints(Config)
+    hints = hints_of(Config)
     for one in fields(Config):
         kind, text = plain_type(hints[one.name]), _help(one, {"": one.default})
         if one.name in NOT_FLAGS or (names and one.name not in names):

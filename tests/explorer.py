@@ -94,6 +94,20 @@ def put(row: tuple, index: int, value: Any) -> tuple:
     return (*row[:index], value, *row[index + 1 :])
 
 
+def quick(kind: type) -> type:
+    """The named tuple with a `_replace` that takes a third of the time, as exploring does little else."""
+    places = {name: place for place, name in enumerate(kind._fields)}
+
+    def replaced(state: Any, **new: Any) -> Any:
+        values = list(state)
+        for name, value in new.items():
+            values[places[name]] = value
+        return tuple.__new__(kind, values)
+
+    kind._replace = replaced
+    return kind
+
+
 def never(round: int) -> bool:
     """A calendar without snapshots."""
     return False
@@ -113,6 +127,7 @@ class Op(NamedTuple):
 LAST = ("withdraw", "close 0", "close 1", "await taken", "copy 0", "copy 1")  # only the last visitor of a round
 
 
+@quick
 class StrictState(NamedTuple):
     """One moment under strict turns. Rows have one entry for each worker, or for each (half of a) block."""
 
@@ -388,6 +403,7 @@ class Strict:
 # The rendezvous
 
 
+@quick
 class TogetherState(NamedTuple):
     """One moment in a rendezvous: as under strict turns, and the words that only a rendezvous looks at."""
 
@@ -586,6 +602,7 @@ class Together(Strict):
 # The free order
 
 
+@quick
 class FreeState(NamedTuple):
     """One moment under free turns. `grant` and `done` have p·G entries, as in the center."""
 
@@ -741,6 +758,7 @@ class Free:
 # No order
 
 
+@quick
 class HogwildState(NamedTuple):
     """One coordinate of the center, and what each worker does to it: additions made, and what it has read for one."""
 

@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ ON_A_GPU = {  # here on a pretended one; what makes each small
     "stream_exchange": ("--floats", 5003, "--repetitions", 1, "--workers", 2),
 }  # fmt: skip
 TOO_LONG = {"ordering", "throughput_gpu"}  # to be run by hand on a pretended driver, with --quick
-FRESH = {"attach", "buffers", "startup", "throughput"}  # which start interpreters themselves, or functions of their own
+FRESH = {"startup", "throughput"}  # which start interpreters themselves
 
 
 def run(*words: object) -> str:
@@ -39,7 +38,7 @@ def run_here(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, words)])
         threads = torch.get_num_threads()
         with unpainted():
-            runpy.run_path(str(script), run_name="__main__")
+            importlib.import_module(script.stem).main()
         torch.set_num_threads(threads)  # some benches change it
         return capsys.readouterr().out
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from easgd_local import cli, data, metrics, models, training
+from easgd_local.chronicle import Chronicle
 from easgd_local.compare import command, rival_run
 from easgd_local.compare.measuring import Interrupted, measure
 from easgd_local.compare.saved import saved_state
@@ -222,14 +223,14 @@ def test_an_interrupted_comparison_leaves_no_process_and_can_go_on(
 
 def interrupt_at(patch: pytest.MonkeyPatch, t: int, during: str, number: int) -> None:
     """Ctrl-C, or a signal like it, when a run of more than one worker has been evaluated at t."""
-    kind: Any = training.Training if during == "a rule" else rival_run.RivalRun
-    name = "_event"
+    kind, name = (Chronicle, "event") if during == "a rule" else (rival_run.RivalRun, "_event")
     write: Callable[..., None] = getattr(kind, name)
 
     def strike(self: Any, event: str, **values: Any) -> None:
         write(self, event, **values)
         at = values.get("t", getattr(self, "_t", None))
-        if event == "center" and at == t and self._plan.__dict__.get("workers", len(getattr(self, "_ranks", "12"))) > 1:
+        workers = len(self._ranks) if during == "a rule" else self._plan.workers
+        if event == "center" and at == t and workers > 1:
             os.kill(os.getpid(), number)
 
     patch.setattr(kind, name, strike)

@@ -112,6 +112,12 @@ def test_what_fails_in_one_block_is_told_to_all_and_a_script_may_join_again(tmp_
         "except ValueError as error:\n"
         f"    pathlib.Path(f'{name}-{{worker.rank}}').write_text(str(error))\n"
         for name, options in {"taken": "out='run'", "differs": "device='cuda' if worker.rank else 'cpu'"}.items()
+    ) + (
+        "try:\n"
+        "    with easgd.join(view=False, out='nothing'):\n"
+        "        pass\n"
+        "except ValueError as error:\n"
+        "    pathlib.Path(f'nothing-{worker.rank}').write_text(str(error))\n"
     )
     code, _, err = ended(torchrun(tmp_path, again))
     assert code == 0, err
@@ -119,18 +125,14 @@ def test_what_fails_in_one_block_is_told_to_all_and_a_script_may_join_again(tmp_
     for rank in range(2):
         assert (tmp_path / f"taken-{rank}").read_text().startswith("out=run: exists already and is not an empty f")
         assert (tmp_path / f"differs-{rank}").read_text() == differs
+        assert (tmp_path / f"nothing-{rank}").read_text().startswith("fn: was over in worker")
+    assert not (tmp_path / "nothing").exists()
     assert (tmp_path / "fails-0").read_text() == "KeyError('no such column')"
     assert (tmp_path / "fails-1").read_text() == "SystemExit(130)"
     summary = json.loads((tmp_path / "failed" / "summary.json").read_text())
     assert summary["status"] == "failed" and summary["failures"][0]["rank"] == 0
     (saved,) = (tmp_path / "failed" / "checkpoints").iterdir()
     assert (saved / "worker-1.pt").exists()
-
-
-def test_a_block_that_attaches_nothing_is_told_in_one_sentence(tmp_path):
-    code, _, err = ended(torchrun(tmp_path, "pass"))
-    assert code == 1 and "No such file" not in err
-    assert "Refusal: fn: was over in worker" in err
 
 
 def test_who_waits_long_for_the_others_says_so(monkeypatch, capsys):

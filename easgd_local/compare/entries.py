@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any
 
 from easgd_local.compare.rivals import ENTRANTS, Rival
 from easgd_local.config import CHOICES
-from easgd_local.rules.base import Rule, plain_type
+from easgd_local.rules.base import Rule, hints_of, plain_type
 from easgd_local.workloads import tuned
 
 LONGEST = 200  # characters of an entry, whose folder is called after it
@@ -121,7 +121,7 @@ def _value(kind: type[Rule], name: str, text: str) -> Any:
         owners = ", ".join(owner for owner, one in ENTRANTS.items() if name in {each.name for each in fields(one)})
         remedy = f"leave it out, or use an entry that has it: {owners}" if owners else "leave it out"
         raise ValueError(f"{name}={text}: {kind.name} has no {name}, only {', '.join(names)}; {remedy}.")
-    type_ = plain_type(get_type_hints(kind)[name])
+    type_ = plain_type(hints_of(kind)[name])
     try:
         return type_(text)
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -191,6 +192,14 @@ PLAIN: dict[Any, tuple[Any, str]] = {
 }
 
 
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The annotations of a dataclass by field; read-only. To work them out takes longer than all else of a rule."""
+    return _hints(kind)
+
+
+_hints = functools.cache(get_type_hints)
+
+
 def plain_type(hint: Any) -> Any:
     """int, float, bool or str: what a field with this annotation holds when it is not None."""
     kinds = get_args(hint) or (hint,)
@@ -199,7 +208,7 @@ def plain_type(hint: Any) -> Any:
 
 def make_plain(values: Any) -> None:
     """Makes the values of a frozen dataclass Python's own int, float and str; `ValueError` for what is none."""
-    hints = get_type_hints(type(values))
+    hints = hints_of(type(values))
     for one in fields(values):
         kinds, value = get_args(hints[one.name]) or (hints[one.name],), getattr(values, one.name)
         kind = next((kind for kind in PLAIN if kind in kinds), None)
