@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from easgd_local import hardware
 from easgd_local.words import LINE_BYTES, Words, words
 
-MAGIC, VERSION, PAGE = 0x4C43_4F4C_4447_5345, 2, 4096  # the magic reads "ESGDLOCL" in memory
+MAGIC, VERSION, PAGE = 0x4C43_4F4C_4447_5345, 3, 4096  # the magic reads "ESGDLOCL" in memory
 BLOCK_BYTES = 4 << 20
 UPDATES = "updates"  # the name of the counts in a checkpoint, beside those of the vectors
 _F_ADD_SEALS, _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 1033, 1, 2, 4
@@ -59,7 +60,8 @@ class Layout:
         """The rows of control words, in the order of their lines. Who writes each is said in `Center`."""
         p, G = self.workers, self.blocks
         launcher = {"abort": 1, "pause": 1, "stop": 1, "leave": 1, "save": 1, "taken": 1, "grant": p * G}
-        worker = {"clock": p, "earliest_stop": p, "held": p, "waiting_for": p, "request": p, "done": p * G, "read": p}
+        worker = {"clock": p, "earliest_stop": p, "held_ns": p, "held": p, "waiting_for": p}
+        worker |= {"request": p, "done": p * G, "read": p}
         return {"turn": G, "visited": G, "updates": G, "updates_snapshot": G} | launcher | worker
 
     @cached_property
@@ -97,7 +99,7 @@ class Center:
     - updates[b]: how many of them were made and not passed; written by the worker that holds the block.
     - read[i]: "worker i has read the center in read[i] rounds"; worker i, or the launcher when it is gone.
     - abort, pause, stop, leave, save, taken, grant: the launcher. An odd pause asks every worker to hold.
-    - clock, earliest_stop, held, waiting_for, request, done: worker i writes its own.
+    - clock, earliest_stop, held_ns, held, waiting_for, request, done: worker i writes its own.
     """
 
     turn: Words
@@ -113,6 +115,7 @@ class Center:
     grant: Words
     clock: Words
     earliest_stop: Words
+    held_ns: Words
     held: Words
     waiting_for: Words
     request: Words
@@ -172,6 +175,13 @@ class Center:
         for name, vector in self.vectors.items():
             self.snapshot[name][block] = vector[block]
         self.updates_snapshot[b] = self.updates[b]
+
+    def say_held(self, rank: int, pause: int, earliest_stop: int) -> None:
+        """Worker `rank` holds from now on, in answer to `pause`; if it has to stop it can at that clock."""
+        # In this order: who reads held = pause also reads the other two.
+        self.earliest_stop[rank] = earliest_stop
+        self.held_ns[rank] = time.perf_counter_ns()
+        self.held[rank] = pause
 
     def take_whole_snapshot(self) -> None:
         """Copies everything to the snapshot area; nobody moves it meanwhile."""

@@ -45,6 +45,4 @@ class Respondent(threading.Thread):
             with self._lock:
                 pause = center.pause[0]
                 if pause & 1 and self._inside is not None and center.held[rank] != pause:
-                    # 1. earliest_stop, 2. held, in this order: as in Visitor._hold.
-                    center.earliest_stop[rank] = self._inside + 1
-                    center.held[rank] = pause
+                    center.say_held(rank, pause, self._inside + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -61,6 +62,7 @@ class Run:
         self._evaluate_s = 0.0
         self._interrupts, self._stop_reason, self._stop_t = 0, "", -1
         self._held, self._diverged, self._abandoned = False, False, False
+        self._set_out_s = 0.0  # when the workers set out for the round, or clock, that is waited for
         self._failures: list[dict[str, Any]] = []
         crowded = len(self._ranks) * self._plan.threads > hardware.cores()
         self._overhead = overhead.watch(self._plan.rule, crowded=crowded, steps=self._calendar.steps)
@@ -154,13 +156,14 @@ class Run:
             if self._interrupts:
                 break
         self._clock.start()
+        self._set_out_s = time.monotonic()
         for one in self._workers.values():
             one.tell(0)
 
     def _supervise(self) -> None:
         """Until no worker is left, or an interrupt that will not wait for them."""
         while self._workers and not self._gives_up:
-            self._step(BUSY_S if self._due or self._stop_reason else IDLE_S)
+            self._step(BUSY_S if self._due or self._stop_reason else self._patience_s())
             assert self._referee.is_alive(), "the referee died: nobody passes the turns of the dead any more"
             if self._interrupts and not self._stop_reason and not self._center.leave[0] and not self._all_finished():
                 self._stop_reason = "interrupted"
@@ -169,6 +172,10 @@ class Run:
                 self._dismiss_finished()
             self._hold_or_release()
         self._launcher.kill_all(self._workers.values())
+
+    def _patience_s(self) -> float:
+        """How long to sleep between two looks at the workers: the longer they have been on the way, the longer."""
+        return min(IDLE_S, max(BUSY_S, (time.monotonic() - self._set_out_s) / 10))
 
     def _all_finished(self) -> bool:
         return bool(self._workers) and all(self._tallies[rank].state == "finished" for rank in self._workers)
@@ -320,6 +327,7 @@ class Run:
             self._due = round, evaluations[-1]
         else:
             self._center.taken[0] = round + 1
+            self._set_out_s = time.monotonic()
 
     def _watch_clocks(self) -> None:
         """Free turns have no common rounds: the mean of the workers' clocks decides, and everybody holds."""
@@ -341,7 +349,8 @@ class Run:
         all_hold = pause[0] & 1 and all(self._center.held[rank] == pause[0] for rank in self._training())
         if all_hold and not self._held:
             self._held = True
-            self._clock.stop()
+            held_ns = [self._center.held_ns[rank] for rank in self._training()]
+            self._clock.stop(max(held_ns) / 1e9 if held_ns else None)
         if all_hold and self._stop_wanted():
             self._stop()
         elif all_hold and self._due:
@@ -349,7 +358,7 @@ class Run:
         if pause[0] & 1 and not self._holding_wanted():
             if self._held and self._training():
                 self._clock.start()
-            self._held = False
+            self._held, self._set_out_s = False, time.monotonic()
             pause[0] += 1
 
     @property

@@ -63,9 +63,11 @@ class Clock:
         """The workers step from now on."""
         self._since = time.perf_counter()
 
-    def stop(self) -> None:
-        """Nobody steps from now on."""
-        self._before, self._since = self.seconds, 0.0
+    def stop(self, at_s: float | None = None) -> None:
+        """Nobody steps from now on, or has since `at_s` of time.perf_counter, which all processes share."""
+        if self._since:
+            self._before += max(0.0, (time.perf_counter() if at_s is None else at_s) - self._since)
+            self._since = 0.0
 
     @property
     def seconds(self) -> float:

@@ -238,9 +238,7 @@ class Visitor:
         while (pause := center.pause[0]) & 1:
             if not self._in_rounds:  # then the center is looked at as it is
                 self._place.drain()
-            # 1. earliest_stop, 2. held, in this order: who reads held = pause also reads our earliest_stop.
-            center.earliest_stop[self.rank] = earliest_stop
-            center.held[self.rank] = pause
+            center.say_held(self.rank, pause, earliest_stop)
             while center.pause[0] == pause:
                 if center.abort[0]:
                     raise Aborted

@@ -50,6 +50,7 @@ from easgd_local.rules.msgd import MSGD
 from easgd_local.rules.passm import PASSM, PASSMPlus
 from easgd_local.rules.sgd import SGD
 from easgd_local.rules.sma import SMA
+from easgd_local.summary import Clock
 from tests import listings
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -427,6 +428,28 @@ def test_evaluation_time_is_not_training_time(run: Runner) -> None:
     ended = Path(summary["folder"], "metrics.jsonl").stat().st_mtime
     in_training = sum(event["evaluate_s"] for event in events[1:-1])
     assert summary["seconds"] <= ended - began - in_training
+
+
+def test_the_clock_stops_when_the_last_worker_holds_and_not_when_the_launcher_sees_that(run, monkeypatch) -> None:
+    stops: list[tuple[float | None, float]] = []
+
+    class Watched(Clock):
+        def stop(self, at_s: float | None = None) -> None:
+            stops.append((at_s, time.perf_counter()))
+            super().stop(at_s)
+
+    monkeypatch.setattr("easgd_local.run.Clock", Watched)
+    began = time.perf_counter()
+    run(steps=60, eval_every=20)
+    held = [(at_s, now) for at_s, now in stops if at_s is not None]
+    assert held and all(began < at_s < now for at_s, now in held)
+
+    clock = Clock(2.0)
+    began = time.perf_counter()
+    clock.start()
+    started = time.perf_counter()
+    clock.stop(started + 5.0)
+    assert 7.0 <= clock.seconds <= 7.0 + started - began + 1e-6
 
 
 @pytest.mark.parametrize("buffers", ["average", "recalibrate"])
