@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from types import TracebackType
 from typing import Any
 
@@ -51,9 +52,13 @@ class Layout:
 
     def block(self, b: int) -> slice:
         """The coordinates of block b: bounds at multiples of 16 floats, so that copies start on a 64-byte line."""
-        sixteens = -(-self.n // 16)
-        start, stop = (16 * (sixteens * edge // self.blocks) for edge in (b, b + 1))
-        return slice(min(start, self.n), min(stop, self.n))
+        return self._slices[b]
+
+    @cached_property
+    def _slices(self) -> list[slice]:
+        sixteens, G = -(-self.n // 16), self.blocks
+        edges = [min(16 * (sixteens * edge // G), self.n) for edge in range(G + 1)]
+        return [slice(start, stop) for start, stop in pairwise(edges)]
 
     @cached_property
     def word_counts(self) -> dict[str, int]:
@@ -70,13 +75,21 @@ class Layout:
 
     def word_offset_bytes(self, row: str) -> int:
         """Where the first control word of a row lies."""
-        rows = list(self.word_counts)
-        return PAGE + LINE_BYTES * sum(self.word_counts[before] for before in rows[: rows.index(row)])
+        return self._word_offsets[row]
+
+    @cached_property
+    def _word_offsets(self) -> dict[str, int]:
+        lines = accumulate(self.word_counts.values(), initial=0)
+        return {row: PAGE + LINE_BYTES * before for row, before in zip(self.word_counts, lines, strict=False)}
 
     def vector_offset_bytes(self, name: str) -> int:
         """Where a shared vector lies, or its copy in the snapshot area: "snapshot of " and its name."""
+        return self._vector_offsets[name]
+
+    @cached_property
+    def _vector_offsets(self) -> dict[str, int]:
         places = [*self.shared, *(f"snapshot of {one}" for one in self.shared)]
-        return self.vectors_offset_bytes + places.index(name) * self.vector_bytes
+        return {name: self.vectors_offset_bytes + place * self.vector_bytes for place, name in enumerate(places)}
 
     @property
     def vector_bytes(self) -> int:

@@ -38,7 +38,11 @@ class ByMemops:
     """By the driver's operations on 64-bit words in streams."""
 
     def __init__(self, center: Center, gpu: Gpu, mapped: int, until: Until) -> None:
-        self._layout, self._gpu, self._mapped = center.layout, gpu, mapped
+        layout = center.layout
+        self._gpu = gpu
+        self._rows = {row: mapped + layout.word_offset_bytes(row) for row in layout.word_counts}
+        self._visit = c_uint64(), c_uint64(), c_uint64()
+        self._count = gpu.prepare("count_visit", *self._visit)
 
     def wait(self, stream: Stream, row: str, index: int, value: int) -> None:
         stream.wait_value(self._address(row, index), value)
@@ -47,8 +51,10 @@ class ByMemops:
         stream.write_value(self._address(row, index), value)
 
     def count(self, stream: Stream, index: int, made: int, *, snapshot: bool) -> None:
-        word, copy = self._address("updates", index), self._address("updates_snapshot", index) if snapshot else 0
-        self._gpu.launch(stream, "count_visit", c_uint64(word), c_uint64(copy), c_uint64(made))
+        word, copy, by = self._visit
+        word.value, by.value = self._address("updates", index), made
+        copy.value = self._address("updates_snapshot", index) if snapshot else 0
+        self._count.enqueue(stream)
 
     def fill_unless(self, stream: Stream, y: DeviceVector, index: int, known: int) -> None:
         word, n = c_uint64(self._address("visited", index)), len(y)
@@ -56,7 +62,7 @@ class ByMemops:
         self._gpu.launch(stream, "fill_unless", where, value, word, c_uint64(known), c_uint64(n), n=n)
 
     def _address(self, row: str, index: int) -> int:
-        return self._mapped + self._layout.word_offset_bytes(row) + LINE_BYTES * index
+        return self._rows[row] + LINE_BYTES * index
 
 
 class ByKernels(ByMemops):

@@ -9,14 +9,14 @@ None of this has run on a real GPU yet: tests run it against a pretended driver.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from ctypes import c_float, c_uint64
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from easgd_local import kernels
 from easgd_local.backend.driver import Device, Driver, DriverError
-from easgd_local.backend.resources import Context, DeviceMemory, Event, Function, HostMemory, Module, Stream
+from easgd_local.backend.resources import Context, DeviceMemory, Event, Function, HostMemory, Launch, Module, Stream
 
 THREADS, MOST_BLOCKS = 256, 1024  # of a launch; the loops are grid-stride
 LINK_BLOCKS = 64  # of a launch that the link bounds, and that must not fill the device: a guess, not measured
@@ -34,23 +34,31 @@ COUNTS = 8  # how many fetched values of the counter are kept apart
 NOT_FOUND = 500  # CUDA_ERROR_NOT_FOUND
 
 
-@dataclass(frozen=True)
 class DeviceVector:
     """n float32 at an address of the device; slices look into the same memory. `whole` is the address of all of it, and
-    `mapped` says that it is the host's, which the device reaches through the link."""
+    `mapped` says that it is the host's, which the device reaches through the link.
 
-    address: int
-    n: int
-    whole: int
-    mapped: bool = False
+    Slices are kept: exchanges ask for the same ones again and again.
+    """
+
+    __slots__ = ("_slices", "address", "mapped", "n", "whole")
+
+    def __init__(self, address: int, n: int, whole: int, mapped: bool = False) -> None:
+        self.address, self.n, self.whole, self.mapped = address, n, whole, mapped
+        self._slices: dict[tuple[Any, Any, Any], DeviceVector] = {}
 
     def __len__(self) -> int:
         return self.n
 
     def __getitem__(self, b: slice) -> DeviceVector:
-        start, stop, step = b.indices(self.n)
-        assert step == 1, b
-        return DeviceVector(self.address + 4 * start, max(0, stop - start), self.whole, self.mapped)
+        key = (b.start, b.stop, b.step)
+        known = self._slices.get(key)
+        if known is None:
+            start, stop, step = b.indices(self.n)
+            assert step == 1, b
+            known = DeviceVector(self.address + 4 * start, max(0, stop - start), self.whole, self.mapped)
+            self._slices[key] = known
+        return known
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -130,11 +138,14 @@ class Gpu:
         """The counter as it was fetched to that place."""
         return int(struct.unpack_from("=Q", self._counts, 8 * place)[0])
 
-    def launch(self, stream: Stream, name: str, *arguments: Any, n: int = 1, most: int = MOST_BLOCKS) -> None:
-        """Enqueues a kernel: n elements, four to a thread, in at most so many blocks; one thread where there is one."""
+    def prepare(self, name: str, *arguments: Any, n: int = 1, most: int = MOST_BLOCKS) -> Launch:
+        """A kernel over n elements, four to a thread, in at most so many blocks; one thread where there is one."""
         threads = THREADS if n > 1 else 1
-        blocks = min(most, -(-n // (4 * threads)))
-        self.functions[name].launch(stream, blocks, threads, *arguments)
+        return self.functions[name].prepare(min(most, -(-n // (4 * threads))), threads, *arguments)
+
+    def launch(self, stream: Stream, name: str, *arguments: Any, n: int = 1, most: int = MOST_BLOCKS) -> None:
+        """The same, enqueued at once."""
+        self.prepare(name, *arguments, n=n, most=most).enqueue(stream)
 
     def abandon(self) -> None:
         """Gives nothing back: for a process that is about to exit, and must not wait for what it has enqueued."""
@@ -164,6 +175,16 @@ class Operation:
     scalars: int = 0
     optional: bool = False
     guarded: bool = False
+
+    @cached_property
+    def reads(self) -> list[int]:
+        """The numbers of the vectors that it reads, those that it writes seldom among them."""
+        return [number for number, role in enumerate(self.roles) if role != "w"]
+
+    @cached_property
+    def writes(self) -> list[int]:
+        """The numbers of the vectors that it writes."""
+        return [number for number, role in enumerate(self.roles) if role == "w"]
 
 
 OPERATIONS = {
@@ -195,7 +216,8 @@ class CudaOps:
     """The operations of `backend.cpu.CpuOps` by the same names and arguments, enqueued."""
 
     def __init__(self, gpu: Gpu) -> None:
-        self._gpu, self.stream = gpu, gpu.training
+        self._gpu, self.stream, self.training = gpu, gpu.training, gpu.training
+        self._prepared: dict[tuple[Any, ...], tuple[Launch, tuple[c_float, ...]]] = {}  # and their scalars
         self._in_hand: dict[int, str] = {}  # vectors that the exchange under way uses: their address -> "r" or "w"
         self._exchange_done: Event | None = None
         self.refused, self._known = 0, 0  # what guarded kernels have refused, as far as the host was told
@@ -204,7 +226,9 @@ class CudaOps:
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name not in OPERATIONS:
             raise AttributeError(f"{name}: there is no such operation")
-        return lambda *arguments: self._launch(name, OPERATIONS[name], arguments)
+        operation = partial(self._launch, name, OPERATIONS[name])
+        setattr(self, name, operation)  # found at once from now on
+        return operation
 
     @property
     def nonfinite(self) -> int:
@@ -217,14 +241,9 @@ class CudaOps:
         self.settle()  # what is still under way brings no further news of the same
         self._known = self.refused
 
-    @contextlib.contextmanager
-    def on(self, stream: Stream) -> Iterator[None]:
+    def on(self, stream: Stream) -> Elsewhere:
         """Meanwhile operations belong to an exchange, and go to its stream."""
-        self.stream = stream
-        try:
-            yield
-        finally:
-            self.stream = self._gpu.training
+        return Elsewhere(self, stream)
 
     def exchange_ends(self, done: Event) -> None:
         """The exchange is enqueued up to `done`: who touches what it has in hand waits for that."""
@@ -250,23 +269,47 @@ class CudaOps:
             self._exchange_done = None
             self._in_hand.clear()
 
-    def _launch(self, name: str, kind: Operation, arguments: tuple[Any, ...]) -> None:
-        vectors: list[DeviceVector] = list(arguments[: len(kind.roles)])
-        n = len(vectors[0])
+    def _launch(self, name: str, kind: Operation, *arguments: Any) -> None:
+        count = len(kind.roles)
+        vectors, n = arguments[:count], arguments[0].n
         if n == 0:
             return
-        scalars = arguments[len(kind.roles) : len(kind.roles) + kind.scalars]
-        extra = [one for one in arguments[len(kind.roles) + kind.scalars :] if one is not None]
-        roles = list(zip(kind.roles, vectors, strict=True))
-        self.order([v for role, v in roles if role != "w"] + extra, [v for role, v in roles if role == "w"])
+        extra = [one for one in arguments[count + kind.scalars :] if one is not None]
+        self.order([*(vectors[place] for place in kind.reads), *extra], [vectors[place] for place in kind.writes])
+        key = (name, n, *(one.address for one in vectors), *(one.address for one in extra))
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(name, kind, vectors, extra)
+        launch, scalars = self._prepared[key]
+        for scalar, value in zip(scalars, arguments[count:], strict=False):
+            scalar.value = value
+        launch.enqueue(self.stream)
+
+    def _prepare(
+        self, name: str, kind: Operation, vectors: tuple[DeviceVector, ...], extra: list[DeviceVector]
+    ) -> tuple[Launch, tuple[c_float, ...]]:
         pointers = [c_uint64(vector.address) for vector in vectors]
         if kind.optional:
             pointers.append(c_uint64(extra[0].address if extra else 0))
-        values = [*pointers, *(c_float(value) for value in scalars), c_uint64(n)]
-        if kind.guarded:
-            values.append(c_uint64(self._gpu.counter.address))
-        most = LINK_BLOCKS if any(vector.mapped for vector in vectors + extra) else MOST_BLOCKS
-        self._gpu.launch(self.stream, name, *values, n=n, most=most)
+        scalars = tuple(c_float() for _ in range(kind.scalars))
+        counter = [c_uint64(self._gpu.counter.address)] if kind.guarded else []
+        n = vectors[0].n
+        most = LINK_BLOCKS if any(vector.mapped for vector in (*vectors, *extra)) else MOST_BLOCKS
+        return self._gpu.prepare(name, *pointers, *scalars, c_uint64(n), *counter, n=n, most=most), scalars
+
+
+class Elsewhere:
+    """A context manager: operations go to another stream than the one for training."""
+
+    __slots__ = ("_ops", "_stream")
+
+    def __init__(self, ops: CudaOps, stream: Stream) -> None:
+        self._ops, self._stream = ops, stream
+
+    def __enter__(self) -> None:
+        self._ops.stream = self._stream
+
+    def __exit__(self, *exc: object) -> None:
+        self._ops.stream = self._ops.training
 
 
 class Transfer:

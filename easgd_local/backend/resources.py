@@ -17,19 +17,17 @@ class Resource:
 
     def __init__(self, driver: Driver, handle: int, *give_back: Any) -> None:
         """`give_back`: the call that ends it and its arguments, or nothing for what belongs to someone else."""
-        self.driver, self._handle, self._give_back = driver, handle, give_back
-        self._closed = False
-
-    @property
-    def handle(self) -> int:
-        assert not self._closed, f"{type(self).__name__} {self._handle:#x} is closed"  # 0 would be the default stream
-        return self._handle
+        self.driver, self.handle, self._give_back = driver, handle, give_back
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        if "handle" in self.__dict__:
+            del self.handle  # 0 would be the default stream
             if self._give_back:
                 self.driver.call(*self._give_back)
+
+    def __getattr__(self, name: str) -> Any:
+        assert name != "handle", f"this {type(self).__name__} is closed"
+        raise AttributeError(name)
 
     def __enter__(self: Self) -> Self:
         return self
@@ -161,12 +159,29 @@ class Function:
         self.module, self.name = module, name
         self._handle = module.driver.get("cuModuleGetFunction", module.handle, name.encode())
 
-    def launch(self, stream: Stream, blocks: int, threads: int, *arguments: Any) -> None:
-        """Arguments are ctypes values of exactly the kernel's types; the call copies them."""
+    def prepare(self, blocks: int, threads: int, *arguments: Any) -> Launch:
+        """Arguments are ctypes values of exactly the kernel's types."""
         assert self.module.handle, self.name
-        addresses = (c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        shape = (blocks, 1, 1, threads, 1, 1, 0)  # no dynamic shared memory
-        self.module.driver.call("cuLaunchKernel", self._handle, *shape, stream.handle, addresses, None)
+        return Launch(self.module.driver, (self._handle, blocks, 1, 1, threads, 1, 1, 0), arguments)
+
+    def launch(self, stream: Stream, blocks: int, threads: int, *arguments: Any) -> None:
+        """The same, enqueued at once."""
+        self.prepare(blocks, threads, *arguments).enqueue(stream)
+
+
+class Launch:
+    """A kernel with its grid and its arguments, to be enqueued as often as wanted: the driver copies the arguments each
+    time, so their values may be changed in between."""
+
+    def __init__(self, driver: Driver, shape: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        """`shape`: the kernel, its grid, and the bytes of dynamic shared memory, which is none."""
+        self.arguments = arguments
+        self._driver, self._shape = driver, shape
+        self._addresses = (c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+
+    def enqueue(self, stream: Stream) -> None:
+        """What is given is what the arguments are now."""
+        self._driver.call("cuLaunchKernel", *self._shape, stream.handle, self._addresses, None)
 
 
 class Module(Resource):
