@@ -24,6 +24,7 @@ from easgd_local.stream_turns import ORDERS, StreamTurns
 from easgd_local.turns import NoTurns, StrictTurns, TogetherTurns, Turns
 
 Array = NDArray[np.float32]
+Close = Callable[[slice], None]  # ends a round for a block
 # What CUDA is told before it starts, unless the user said otherwise: as many queues as there can be, since of two
 # streams in one queue one waits behind the other; room for steps that are enqueued behind an exchange; and a workspace
 # for cuBLAS with which it gives the same bits every time.
@@ -63,7 +64,7 @@ class Place(Memory, Protocol):
     def host(self, x: Any) -> Array:
         """The values of x, for reading, when everything enqueued is done."""
 
-    def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Callable[[slice], None]) -> Turns:
+    def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Close | None) -> Turns:
         """The worker's way to the center in this order of turns."""
 
     def step_made(self) -> None:
@@ -94,14 +95,14 @@ class OnCpu(MainMemory):
     def host(self, x: Array) -> Array:
         return x
 
-    def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Callable[[slice], None]) -> Turns:
+    def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Close | None) -> Turns:
         center, rank = self._center, self._rank
         if order == "free":  # without common rounds a worker holds at its boundary
             return FreeTurns(center, rank, lambda: None)
         if order == "none":
             return NoTurns(center, rank, lambda: None)
         rounds = {"strict": StrictTurns, "together": TogetherTurns}[order]
-        return rounds(center, rank, self._calendar, hold, first_round, close)
+        return rounds(center, rank, self._calendar, hold, first_round, close or _no_close)
 
     def step_made(self) -> None: ...
 
@@ -161,7 +162,7 @@ class OnGpu:
         self.drain()
         return self._transfer.host(x)
 
-    def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Callable[[slice], None]) -> Turns:
+    def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Close | None) -> Turns:
         kind = ORDERS[order]
         if order in ("free", "none"):  # without common rounds a worker holds at its boundary
             hold = _no_hold
@@ -186,6 +187,9 @@ class OnGpu:
 
 
 def _no_hold() -> None: ...
+
+
+def _no_close(b: slice) -> None: ...
 
 
 def place_of(center: Center, rank: int, calendar: Calendar, graphics: Graphics | None) -> Place:

@@ -8,7 +8,7 @@ from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu
 from easgd_local.backend.resources import Event, Stream
 from easgd_local.center import Center
 
-DEPTH = 3  # staging buffers: one coming, one in hand, one going
+DEPTH = 3  # lanes, each with its staging buffer: one block coming, one in hand, one going
 EXCHANGES = ("overlap", "inline", "zerocopy")
 
 
@@ -38,7 +38,9 @@ class Link:
     """The center as the device of one worker reaches it: pinned where it lies while this is open.
 
     `shared` are the center's vectors as rules see them in an exchange: `Staged`, or in place the mapped vectors
-    themselves. `out` is the stream of the rule's operations.
+    themselves. Blocks go through the lanes in turn, each a stream with a staging buffer of its own, so that one block
+    is fetched while another one is worked on and a third travels back; in place there is one lane. `lane` is that of
+    the block in hand.
     """
 
     def __init__(self, center: Center, gpu: Gpu, ops: CudaOps, exchange: str) -> None:
@@ -47,8 +49,9 @@ class Link:
         layout = center.layout
         host = gpu.register(center.memory, layout.size_bytes)
         self._host, self.mapped = host.handle, host.device_address()
-        self.out = gpu.own(Stream.create(gpu.driver, priority=-1))  # its short kernels go first
-        self.into = self.out if self.in_place else gpu.own(Stream.create(gpu.driver, priority=-1))
+        # Their short kernels go first.
+        self.lanes = [gpu.own(Stream.create(gpu.driver, priority=-1)) for _ in range(1 if self.in_place else DEPTH)]
+        self.first = self.lane = self.lanes[0]
         self.shared: dict[str, Any] = {}
         if self.in_place:
             for name in layout.shared:
@@ -58,52 +61,58 @@ class Link:
             for name in layout.shared:
                 buffers = [gpu.allocate(largest) for _ in range(DEPTH)]
                 self.shared[name] = Staged(buffers, self._mapped_vector(name))
-        self._loaded, self._free = ([gpu.own(Event.create(gpu.driver)) for _ in range(DEPTH)] for _ in range(2))
+        self._events = [gpu.own(Event.create(gpu.driver)) for _ in self.lanes]
         self._ready = gpu.own(Event.create(gpu.driver))
-        self._visits, self._buffer, self._block = 0, 0, slice(0, 0)
+        self._visits, self._block = 0, slice(0, 0)
 
     def begin(self) -> None:
         """What the training stream has made so far, the exchange may use."""
         self._ready.record(self.gpu.training)
-        self.out.wait_event(self._ready)
+        self.first.wait_event(self._ready)
+        self.spread()
 
-    def next_buffer(self) -> None:
-        """The next block to be fetched goes to the staging buffer that has been free for longest, once it is."""
-        self._buffer = self._visits % DEPTH
-        self._visits += 1
-        if not self.in_place:
-            self.into.wait_event(self._free[self._buffer])
+    def spread(self) -> None:
+        """What is enqueued in any lane from here on comes behind what the first has been given."""
+        self._events[0].record(self.first)
+        for lane in self.lanes[1:]:
+            lane.wait_event(self._events[0])
+
+    def join(self) -> None:
+        """What is enqueued in the first lane from here on comes behind what all have been given."""
+        for lane, event in zip(self.lanes[1:], self._events[1:], strict=True):
+            event.record(lane)
+            self.first.wait_event(event)
+
+    def next_lane(self) -> Stream:
+        """That of the next block."""
+        self.lane = self.lanes[self._visits % len(self.lanes)]
+        return self.lane
 
     def fetch(self, block: slice) -> None:
-        """The block is in hand: it may be read by what `out` does from here on."""
-        self._block = block
+        """The block is in hand: it may be read by what the lane does from here on."""
+        self._block, place = block, self._visits % len(self.lanes)
+        self._visits += 1
         if self.in_place:
             return
+        size_bytes = 4 * (block.stop - block.start)
         for name, staged in self.shared.items():
-            staged.hold(block, self._buffer)
-            to = staged[block]
-            if len(to):
-                self.into.copy_to_device(to.address, self._host + self._offset(name), 4 * len(to))
-        self._loaded[self._buffer].record(self.into)
-        self.out.wait_event(self._loaded[self._buffer])
+            staged.hold(block, place)
+            if size_bytes:
+                self.lane.copy_to_device(staged[block].address, self._host + self._offset(name), size_bytes)
 
     def bring_back(self, place: str = "") -> None:
         """What has become of the block in hand goes back to the center, or to its copy of the name `place` + name."""
-        for name, vector in self.shared.items():
+        if self.in_place and not place:
+            return
+        size_bytes = 4 * (self._block.stop - self._block.start)
+        for name, vector in self.shared.items() if size_bytes else ():
             source = vector[self._block]
-            if not len(source):
-                continue
-            with self.ops.on(self.out):
-                if not self.in_place:
-                    self.ops.order([], [vector])
-                    self.out.copy_to_host(self._host + self._offset(place + name), source.address, 4 * len(source))
-                elif place:
+            with self.ops.on(self.lane):
+                if self.in_place:
                     self.ops.copy(self._mapped_vector(place + name)[self._block], source)
-
-    def release(self) -> None:
-        """The staging buffer is free again when `out` has got here."""
-        if not self.in_place:
-            self._free[self._buffer].record(self.out)
+                else:
+                    self.ops.order([], [vector])
+                    self.lane.copy_to_host(self._host + self._offset(place + name), source.address, size_bytes)
 
     def _mapped_vector(self, name: str) -> DeviceVector:
         address = self.mapped + self.center.layout.vector_offset_bytes(name)

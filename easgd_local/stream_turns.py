@@ -1,14 +1,15 @@
 """Turns in stream order: a worker on a GPU enqueues its whole exchange and waits for nothing.
 
-Every turn number is known when it is enqueued, so the waiting is the device's. Two streams, and a few staging buffers
-on the device for blocks of the center:
+Every turn number is known when it is enqueued, so the waiting is the device's. Three lanes take the blocks of the
+center in turn, each a stream with a staging buffer on the device:
 
-    into  wait: buffer free;  wait: turn[b] >= s;  copy the block to the buffer;                       event: loaded
-    out   wait: loaded;  the rule's operations;  copy the block back;  turn[b] <- s + 1 behind a barrier;  event: free
+    wait: turn[b] >= s;  copy the block to the buffer;  the rule's operations;  copy it back;  turn[b] <- s + 1
 
 so that one block is fetched while another one is worked on and a third travels back, and all of it goes on beside the
-forward and backward pass, until training touches what the exchange still has in hand (`CudaOps.order`). In place there
-is one stream and no staging: the kernels work on the center itself, through the link.
+forward and backward pass, until training touches what the exchange still has in hand (`CudaOps.order`). Within an
+exchange no lane waits for another: six calls of the driver a block, where two streams, one for fetching and one for
+the rest, would need four more for events. In place there is one lane and no staging: the kernels work on the center
+itself, through the link.
 
 The host follows at a distance: it never enqueues more than two exchanges, or steps, beyond those that are done.
 
@@ -41,7 +42,7 @@ class StreamTurns(Waiting):
 
     def __init__(
         self, link: Link, rank: int, calendar: Calendar, words: str, hold: Callable[[], None], first_round: int,
-        close: Callable[[slice], None],
+        close: Callable[[slice], None] | None,
     ) -> None:  # fmt: skip
         super().__init__(link.center, rank, hold)
         self.round = first_round
@@ -64,7 +65,7 @@ class StreamTurns(Waiting):
     def open(self, y: Any) -> None:
         """y <- 0, part of the block in hand, at the first visit of the block in this round."""
         if len(y):
-            self._words.fill_unless(self._link.out, y, self._number, self.round + 1)
+            self._words.fill_unless(self._link.lane, y, self._number, self.round + 1)
 
     def _begin(self) -> None:
         if self.center.abort[0]:
@@ -75,17 +76,15 @@ class StreamTurns(Waiting):
         """Block b comes in hand when that word has that value."""
         block = self.center.layout.block(b)
         self._number = b
-        self._link.next_buffer()
-        self._words.wait(self._link.into, row, index, value)
+        self._words.wait(self._link.next_lane(), row, index, value)
         self._link.fetch(block)
         return block
 
     def _give_block(self, b: int, row: str, index: int, value: int, *, snapshot: bool = False) -> None:
         """Block b, brought back, is handed on by writing that word."""
-        self._link.release()
         if self.counts or snapshot:
-            self._words.count(self._link.out, b, int(self.counts), snapshot=snapshot)
-        self._words.write(self._link.out, row, index, value)
+            self._words.count(self._link.lane, b, int(self.counts), snapshot=snapshot)
+        self._words.write(self._link.lane, row, index, value)
 
     def _end(self) -> None:
         """The exchange is enqueued."""
@@ -98,8 +97,9 @@ class StreamTurns(Waiting):
     def _record(self) -> Event:
         place = self._enqueued % COUNTS
         self._enqueued += 1
-        self._gpu.fetch_counter(self._link.out, place)
-        self._done[place].record(self._link.out)
+        self._link.join()
+        self._gpu.fetch_counter(self._link.first, place)
+        self._done[place].record(self._link.first)
         self._under_way.append((self.round, place))
         return self._done[place]
 
@@ -146,29 +146,28 @@ class _StreamRounds(StreamTurns):
 
     def _visit(self, b: int, place: int, snapshot: bool) -> Iterator[slice]:
         """One block: yields it to be enqueued when `place` others have visited it in this round."""
-        link, words, out, s = self._link, self._words, self._link.out, self.round * self.workers + place
+        s, last = self.round * self.workers + place, place == self.workers - 1
         block = self._take_block(b, "turn", b, s)
         self.update = s + 1
-        with self._ops.on(out):
+        with self._ops.on(self._link.lane):
             yield block
-        if place == self.workers - 1:
+        if self._close is not None and last:
             # 1. The block goes back closed, 2. we die, 3. the launcher passes our turn and must not close it again.
-            with self._ops.on(out):
+            with self._ops.on(self._link.lane):
                 self._close(block)
-            words.write(out, "visited", b, 0)
-        link.bring_back()
-        snapshot = snapshot and place == self.workers - 1
-        if snapshot:
+            self._words.write(self._link.lane, "visited", b, 0)
+        self._link.bring_back()
+        if self._close is not None and not last:
+            self._words.write(self._link.lane, "visited", b, self.round + 1)
+        if snapshot and last:
             self._write_snapshot()
-        elif place < self.workers - 1:
-            words.write(out, "visited", b, self.round + 1)
-        self._give_block(b, "turn", b, s + 1, snapshot=snapshot)
+        self._give_block(b, "turn", b, s + 1, snapshot=snapshot and last)
 
     def _write_snapshot(self) -> None:
         # 1. The launcher still reads the snapshot of an earlier round, 2. we overwrite it: hence wait until taken.
         earlier = self._calendar.previous_snapshot(self.round)
         if earlier is not None:
-            self._words.wait(self._link.out, "taken", 0, earlier + 1)
+            self._words.wait(self._link.lane, "taken", 0, earlier + 1)
         self._link.bring_back("snapshot of ")
 
     def _late_in(self, places: list[tuple[int, int]], owner: Callable[[int, int, int, int], int]) -> int:
@@ -206,19 +205,19 @@ class StreamTogether(_StreamRounds):
         self._begin()
         for b in range(self.blocks):
             block = self._take_block(b, "turn", b, self.round * self.workers)
-            with self._ops.on(self._link.out):
+            with self._ops.on(self._link.lane):
                 yield block
-            self._link.release()
         self._end()
 
     def visit(self) -> Iterator[slice]:
         """One exchange: yields the blocks in turn, when everybody has read them."""
         self._begin()
         snapshot = self._calendar.snapshot_after(self.round)
-        self._words.write(self._link.out, "read", self.rank, self.round + 1)
+        self._words.write(self._link.first, "read", self.rank, self.round + 1)
         for i in range(self.workers):
             if i != self.rank:
-                self._words.wait(self._link.into, "read", i, self.round + 1)
+                self._words.wait(self._link.first, "read", i, self.round + 1)
+        self._link.spread()
         for b in range(self.blocks):
             yield from self._visit(b, self.rank, snapshot)
         self._end()
@@ -247,10 +246,10 @@ class StreamFree(StreamTurns):
         """One exchange: yields the blocks; what the caller does with each is enqueued for when it is granted."""
         self._begin()
         number, base = self.round + 1, self.rank * self.blocks
-        self._words.write(self._link.out, "request", self.rank, number)
+        self._words.write(self._link.first, "request", self.rank, number)
         for b in range(self.blocks):
             block = self._take_block(b, "grant", base + b, number)
-            with self._ops.on(self._link.out):
+            with self._ops.on(self._link.lane):
                 yield block
             self._link.bring_back()
             self._give_block(b, "done", base + b, number)
@@ -267,7 +266,7 @@ class StreamNone(StreamTurns):
         for b in walk(self.rank, self.workers, self.blocks):
             block = self.center.layout.block(b)
             self._link.fetch(block)
-            with self._ops.on(self._link.out):
+            with self._ops.on(self._link.lane):
                 yield block
         self._end()
 

@@ -76,9 +76,8 @@ class Visitor:
         self._vectors = self._kept | {name: vector(buffers.stop) for name in scratch} | dict(shared)
         self._vectors |= {name: shared[f"{name}{rank}"] for name in self._rule.allotted}
         first_round = plan.calendar.rounds_before(t if run_t is None else run_t)
-        self._turns = self._place.turns(
-            plan.turns, self._hold_in_wait, first_round, lambda b: self._rule.close(self, b)
-        )
+        close = (lambda b: self._rule.close(self, b)) if self._rule.closes else None
+        self._turns = self._place.turns(plan.turns, self._hold_in_wait, first_round, close)
         self._respondent = Respondent(center, rank) if plan.graphics and plan.in_rounds else None
         if self._respondent:
             self._respondent.start()

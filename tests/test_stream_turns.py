@@ -266,7 +266,8 @@ def alone(gpu) -> Iterator[Alone]:
             center = stack.enter_context(Center.create(plan_for({"name": "easgd"}, workers, 9, N).layout))
             stack.callback(lambda: gpu.__exit__(None, None, None))
             link = Link(center, gpu, CudaOps(gpu), exchange)
-            stack.callback(link.out.synchronize)  # also where a test has kept training from waiting for it
+            for lane in link.lanes:  # also where a test has kept training from waiting for them
+                stack.callback(lane.synchronize)
             return StreamStrict(link, 0, Calendar(1, 9), "memops", hold, 0, lambda block: None), center
 
         yield make
@@ -343,7 +344,7 @@ def test_the_host_enqueues_no_more_than_two_exchanges_ahead_and_says_whom_it_wai
             made += 1
     assert made == 2
     assert center.waiting_for[0] == 2  # worker 1, counted from 1
-    while not turns._link.out.is_done():
+    while not turns._link.first.is_done():
         for b in range(center.layout.blocks):
             center.turn[b] = 2**62  # whatever waits goes on
 

@@ -149,6 +149,11 @@ class Rule:
     def close(self, w: ExchangeView, b: slice) -> None:
         """Ends a round for block b, after the last worker's visit; by that worker, or by the launcher in its place."""
 
+    @property
+    def closes(self) -> bool:
+        """Whether it ends rounds."""
+        return type(self).close is not Rule.close
+
     def warnings(self, workers: int, curvature: float | None = None, turns: str = "") -> list[str]:
         """Sentences about hyperparameters that are legal but unwise with p workers in this order of turns (default: the
         rule's own); `curvature` is an estimate of the largest h at the start, if there is one."""
