@@ -8,6 +8,7 @@ from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu
 from easgd_local.backend.resources import Event, Stream
 from easgd_local.center import Center
 
+SNAPSHOT = "snapshot of "
 DEPTH = 3  # lanes, each with its staging buffer: one block coming, one in hand, one going
 EXCHANGES = ("overlap", "inline", "zerocopy")
 
@@ -27,6 +28,11 @@ class Staged:
     def hold(self, block: slice, place: int) -> None:
         """Block `block` is in staging buffer `place`."""
         self._block, self._buffer = block, self._buffers[place]
+
+    @property
+    def in_hand(self) -> int:
+        """The address of the block's copy on the device."""
+        return self._buffer.address
 
     def __getitem__(self, b: slice) -> DeviceVector:
         start, stop = b.start - self._block.start, b.stop - self._block.start
@@ -63,6 +69,8 @@ class Link:
                 self.shared[name] = Staged(buffers, self._mapped_vector(name))
         self._events = [gpu.own(Event.create(gpu.driver)) for _ in self.lanes]
         self._ready = gpu.own(Event.create(gpu.driver))
+        names = [place + name for name in layout.shared for place in ("", SNAPSHOT)]
+        self._starts = {name: self._host + layout.vector_offset_bytes(name) for name in names}
         self._visits, self._block = 0, slice(0, 0)
 
     def begin(self) -> None:
@@ -94,30 +102,26 @@ class Link:
         self._visits += 1
         if self.in_place:
             return
-        size_bytes = 4 * (block.stop - block.start)
+        offset, size_bytes = 4 * block.start, 4 * (block.stop - block.start)
         for name, staged in self.shared.items():
             staged.hold(block, place)
             if size_bytes:
-                self.lane.copy_to_device(staged[block].address, self._host + self._offset(name), size_bytes)
+                self.lane.copy_to_device(staged.in_hand, self._starts[name] + offset, size_bytes)
 
     def bring_back(self, place: str = "") -> None:
         """What has become of the block in hand goes back to the center, or to its copy of the name `place` + name."""
         if self.in_place and not place:
             return
-        size_bytes = 4 * (self._block.stop - self._block.start)
+        block = self._block
+        offset, size_bytes = 4 * block.start, 4 * (block.stop - block.start)
         for name, vector in self.shared.items() if size_bytes else ():
-            source = vector[self._block]
-            with self.ops.on(self.lane):
-                if self.in_place:
-                    self.ops.copy(self._mapped_vector(place + name)[self._block], source)
-                else:
-                    self.ops.order([], [vector])
-                    self.lane.copy_to_host(self._host + self._offset(place + name), source.address, size_bytes)
+            if self.in_place:
+                with self.ops.on(self.lane):
+                    self.ops.copy(self._mapped_vector(place + name)[block], vector[block])
+            else:
+                self.ops.hold(vector)
+                self.lane.copy_to_host(self._starts[place + name] + offset, vector.in_hand, size_bytes)
 
     def _mapped_vector(self, name: str) -> DeviceVector:
         address = self.mapped + self.center.layout.vector_offset_bytes(name)
         return DeviceVector(address, self.center.layout.n, address, mapped=True)
-
-    def _offset(self, name: str) -> int:
-        """Bytes from the start of the center to the block in hand of a vector."""
-        return self.center.layout.vector_offset_bytes(name) + 4 * self._block.start

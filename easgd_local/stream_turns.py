@@ -25,7 +25,7 @@ from typing import Any
 from easgd_local.backend.cuda import COUNTS
 from easgd_local.backend.resources import Event
 from easgd_local.free_turns import FreeTurns
-from easgd_local.link import Link
+from easgd_local.link import SNAPSHOT, Link
 from easgd_local.schedules import Calendar
 from easgd_local.stream_words import WAYS
 from easgd_local.turns import Aborted, Waiting, by_rank, owner, position, walk
@@ -168,7 +168,7 @@ class _StreamRounds(StreamTurns):
         earlier = self._calendar.previous_snapshot(self.round)
         if earlier is not None:
             self._words.wait(self._link.lane, "taken", 0, earlier + 1)
-        self._link.bring_back("snapshot of ")
+        self._link.bring_back(SNAPSHOT)
 
     def _late_in(self, places: list[tuple[int, int]], owner: Callable[[int, int, int, int], int]) -> int:
         """Of (block, place) in the order of the walk, the owner of the first turn that has not come."""

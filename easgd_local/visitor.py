@@ -89,10 +89,13 @@ class Visitor:
         self._reported_at = time.perf_counter()
 
     def __getattr__(self, name: str) -> Vector:
-        try:
-            return self.__dict__["_vectors"][name]
-        except KeyError:
-            raise AttributeError(f"{name}: the rule {self._rule.name} declares no such vector") from None
+        """A vector of the rule, by its letter; found at once from then on."""
+        vectors = self.__dict__.get("_vectors", {})
+        if name not in vectors:
+            raise AttributeError(f"{name}: the rule {self._rule.name} declares no such vector")
+        vector: Vector = vectors[name]
+        self.__dict__[name] = vector
+        return vector
 
     def drain(self) -> None:
         """Returns when everything enqueued on the device is done."""

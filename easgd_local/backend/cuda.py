@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from ctypes import c_float, c_uint64
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ PAGE = 4096
 FERRY_BYTES = 4 << 20  # of the pinned memory through which numpy's vectors reach the device
 COUNTS = 8  # how many fetched values of the counter are kept apart
 NOT_FOUND = 500  # CUDA_ERROR_NOT_FOUND
+_address = attrgetter("address")
 
 
 class DeviceVector:
@@ -177,6 +179,16 @@ class Operation:
     guarded: bool = False
 
     @cached_property
+    def vectors(self) -> int:
+        """How many it has, without an optional one."""
+        return len(self.roles)
+
+    @cached_property
+    def required(self) -> int:
+        """How many arguments it has, without an optional one."""
+        return len(self.roles) + self.scalars
+
+    @cached_property
     def reads(self) -> list[int]:
         """The numbers of the vectors that it reads, those that it writes seldom among them."""
         return [number for number, role in enumerate(self.roles) if role != "w"]
@@ -249,6 +261,10 @@ class CudaOps:
         """The exchange is enqueued up to `done`: who touches what it has in hand waits for that."""
         self._exchange_done = done
 
+    def hold(self, vector: Any) -> None:
+        """The exchange under way writes the vector, whatever else it does with it."""
+        self._in_hand[vector.whole] = "w"
+
     def order(self, reads: list[DeviceVector], writes: list[DeviceVector]) -> None:
         """Puts the training stream behind the exchange where it would read what that writes, or write what it uses."""
         if self.stream is not self._gpu.training:
@@ -270,22 +286,24 @@ class CudaOps:
             self._in_hand.clear()
 
     def _launch(self, name: str, kind: Operation, *arguments: Any) -> None:
-        count = len(kind.roles)
-        vectors, n = arguments[:count], arguments[0].n
+        count, n = kind.vectors, arguments[0].n
         if n == 0:
             return
-        extra = [one for one in arguments[count + kind.scalars :] if one is not None]
-        self.order([*(vectors[place] for place in kind.reads), *extra], [vectors[place] for place in kind.writes])
-        key = (name, n, *(one.address for one in vectors), *(one.address for one in extra))
-        if key not in self._prepared:
-            self._prepared[key] = self._prepare(name, kind, vectors, extra)
-        launch, scalars = self._prepared[key]
-        for scalar, value in zip(scalars, arguments[count:], strict=False):
+        vectors, extra = arguments[:count], arguments[kind.required :]
+        if None in extra:
+            extra = ()
+        self.order([*[vectors[place] for place in kind.reads], *extra], [vectors[place] for place in kind.writes])
+        key = (name, n, *map(_address, vectors), *map(_address, extra))
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._prepared[key] = self._prepare(name, kind, vectors, extra)
+        launch, scalars = prepared
+        for scalar, value in zip(scalars, arguments[count:]):  # noqa: B905 (the rest are vectors)
             scalar.value = value
         launch.enqueue(self.stream)
 
     def _prepare(
-        self, name: str, kind: Operation, vectors: tuple[DeviceVector, ...], extra: list[DeviceVector]
+        self, name: str, kind: Operation, vectors: tuple[DeviceVector, ...], extra: tuple[DeviceVector, ...]
     ) -> tuple[Launch, tuple[c_float, ...]]:
         pointers = [c_uint64(vector.address) for vector in vectors]
         if kind.optional:

@@ -131,8 +131,7 @@ class Driver:
 
     def call(self, name: str, *arguments: Any) -> None:
         """Makes the call; `DriverError` if it fails."""
-        code = self._calls[name](*arguments)
-        if code != 0:
+        if code := self._calls[name](*arguments):
             raise self._failure(name, code)
 
     def get(self, name: str, *arguments: Any) -> int:
