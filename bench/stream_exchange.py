@@ -111,7 +111,7 @@ def work(task: Task, barrier: Barrier, conn: Connection) -> None:
         first_round, told = 0, []
         for graphics in task.graphics:
             place = OnGpu(center, task.rank, CALENDAR, graphics)
-            turns = place.turns("strict", lambda: None, first_round, lambda block: None)
+            turns = place.turns("strict", lambda: None, first_round, None)
             told.append(check_and_time(task, center, place, turns, barrier))
             first_round = turns.round
             place.close(drained=True)
