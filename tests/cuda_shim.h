@@ -31,13 +31,11 @@ static inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 static inline void __nanosleep(unsigned ns) { std::this_thread::sleep_for(std::chrono::nanoseconds(ns)); }
 static inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
-// The threads of a launch run one after another, so a plain sum is as good as an atomic one.
+// The threads of a launch run one after another; those of another lane of the exchange run beside them.
 template <class T>
 static inline T atomicAdd(T* address, T value)
 {
-    const T before = *address;
-    *address = before + value;
-    return before;
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 namespace shim {
