@@ -46,10 +46,16 @@ def find() -> Graphics:
 def exchanging(graphics: Graphics | None, exchange: str, plan: Plan, own_vectors: int) -> Graphics | None:
     """With the way of exchanging that was asked for, or that suits the plan.
 
-    Raises `MemoryError` if a GPU has no room for its workers, each with so many vectors of n floats.
+    Raises `MemoryError` if a GPU has no room for its workers, each with so many vectors of n floats, and `ValueError`
+    for a rule that needs what a GPU cannot know.
     """
     if graphics is None:
         return None
+    if plan.rule.counts and plan.turns == "free":
+        raise ValueError(
+            f"turns=free with the rule {plan.rule.name}: each of its updates depends on how many came before it, and "
+            f"on a GPU they are enqueued before that is known; use turns=strict, or the CPU."
+        )
     layout = plan.layout
     graphics = graphics.exchanging(exchange, plan.turns, layout.vector_bytes, layout.workers)
     staging = 0 if graphics.exchange == "zerocopy" else DEPTH * len(layout.shared) * layout.block_bytes

@@ -13,6 +13,7 @@ import pytest
 
 from easgd_local import graphics
 from easgd_local.faults import Fault
+from easgd_local.rules.apam import APAM
 from easgd_local.rules.downpour import Downpour
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.easgd import EASGD
@@ -245,6 +246,9 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     ),
     "whole blocks without turns": (
         {}, {"rule": EASGD(), "turns": "none", "exchange": "overlap"}, "exchange=overlap with turns=none: whole blocks",
+    ),
+    "what nobody knows before its turn": (
+        {}, {"rule": APAM(), "turns": "free"}, "turns=free with the rule apam: each of its updates depends on how many",
     ),
     "an exchange on the CPU": ({}, {"device": "cpu", "exchange": "inline"}, "exchange=inline: says how a GPU reaches"),
     "TF32 on the CPU": ({}, {"device": "cpu", "tf32": True}, "tf32=True: says how a GPU computes, but device=cpu"),

@@ -34,6 +34,7 @@ class APAM(Rule):
 
     name: ClassVar[str] = "apam"
     shared: ClassVar[tuple[str, ...]] = ("m", "v", "vhat")
+    counts: ClassVar[bool] = True
 
     lr: float = hyperparameter(0.0005, "step size η")
     beta1: float = hyperparameter(0.9, "β₁, decay of AMSGrad's first moment")

@@ -25,6 +25,7 @@ class ASGD(Rule):
     copies: ClassVar[tuple[str, ...]] = ("z",)
     reported: ClassVar[str] = "z"
     sequential: ClassVar[bool] = True
+    counts: ClassVar[bool] = True
 
     def step(self, w: WorkerView) -> None:
         g = w.grad()
@@ -49,6 +50,7 @@ class MVASGD(ASGD):
     """
 
     name: ClassVar[str] = "mvasgd"
+    counts: ClassVar[bool] = False
 
     average_rate: float = hyperparameter(0.001, "rate a of the moving average that mvasgd and mvadownpour report")
 

@@ -92,6 +92,7 @@ class Rule:
     orders: ClassVar[tuple[str, ...]] = ("strict", "free")  # the orders of turns it is defined for, the default first
     sequential: ClassVar[bool] = False  # whether it is defined for one worker only
     divides: ClassVar[bool] = False  # whether each worker owns some layers of the model
+    counts: ClassVar[bool] = False  # whether an exchange depends on the number of the update
 
     # For rules that can be laid over somebody else's optimizer, whose steps then take the place of the rule's own:
     replaces: ClassVar[bool] = False  # whether an exchange replaces x, so that g is taken after it

@@ -71,6 +71,7 @@ class ADownpour(Downpour):
     shared: ClassVar[tuple[str, ...]] = ("z",)
     copies: ClassVar[tuple[str, ...]] = ("z",)
     reported: ClassVar[str] = "z"
+    counts: ClassVar[bool] = True
 
     def exchange(self, w: ExchangeView, b: slice) -> None:
         super().exchange(w, b)
@@ -92,6 +93,7 @@ class MVADownpour(ADownpour):
     """
 
     name: ClassVar[str] = "mvadownpour"
+    counts: ClassVar[bool] = False
 
     lr: float = hyperparameter(0.05, "step size η")
     average_rate: float = hyperparameter(0.001, "rate a of the moving average that mvasgd and mvadownpour report")
