@@ -27,6 +27,7 @@ from easgd_local.words import LINE_BYTES, Words, words
 
 MAGIC, VERSION, PAGE = 0x4C43_4F4C_4447_5345, 3, 4096  # the magic reads "ESGDLOCL" in memory
 BLOCK_BYTES = 4 << 20
+SNAPSHOT = "snapshot of "  # and the name of a vector: its copy
 UPDATES = "updates"  # the name of the counts in a checkpoint, beside those of the vectors
 _F_ADD_SEALS, _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 1033, 1, 2, 4
 
@@ -83,12 +84,12 @@ class Layout:
         return {row: PAGE + LINE_BYTES * before for row, before in zip(self.word_counts, lines, strict=False)}
 
     def vector_offset_bytes(self, name: str) -> int:
-        """Where a shared vector lies, or its copy in the snapshot area: "snapshot of " and its name."""
+        """Where a shared vector lies, or its copy in the snapshot area: SNAPSHOT and its name."""
         return self._vector_offsets[name]
 
     @cached_property
     def _vector_offsets(self) -> dict[str, int]:
-        places = [*self.shared, *(f"snapshot of {one}" for one in self.shared)]
+        places = [*self.shared, *(SNAPSHOT + one for one in self.shared)]
         return {name: self.vectors_offset_bytes + place * self.vector_bytes for place, name in enumerate(places)}
 
     @property
@@ -143,7 +144,7 @@ class Center:
         self.vectors: dict[str, NDArray[np.float32]] = {}
         self.snapshot: dict[str, NDArray[np.float32]] = {}
         for name in layout.shared:
-            for vectors, place in ((self.vectors, name), (self.snapshot, f"snapshot of {name}")):
+            for vectors, place in ((self.vectors, name), (self.snapshot, SNAPSHOT + name)):
                 offset = layout.vector_offset_bytes(place)
                 vectors[name] = np.frombuffer(self.memory, np.float32, layout.n, offset)
 

@@ -6,9 +6,8 @@ from typing import Any
 
 from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu
 from easgd_local.backend.resources import Event, Stream
-from easgd_local.center import Center
+from easgd_local.center import SNAPSHOT, Center
 
-SNAPSHOT = "snapshot of "
 DEPTH = 3  # lanes, each with its staging buffer: one block coming, one in hand, one going
 EXCHANGES = ("overlap", "inline", "zerocopy")
 

@@ -24,8 +24,9 @@ from typing import Any
 
 from easgd_local.backend.cuda import COUNTS
 from easgd_local.backend.resources import Event
+from easgd_local.center import SNAPSHOT
 from easgd_local.free_turns import FreeTurns
-from easgd_local.link import SNAPSHOT, Link
+from easgd_local.link import Link
 from easgd_local.schedules import Calendar
 from easgd_local.stream_words import WAYS
 from easgd_local.turns import Aborted, Waiting, by_rank, owner, position, walk

@@ -114,7 +114,7 @@ def nothing_left(alone: None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unpainted() -> Iterator[None]:
-    """Pictures are saved as empty files, and curves of a run not even composed: it would take as long as the run."""
+    """Pictures are saved as empty files, and the curves of a run are not even composed: few tests look at them."""
     curves = SimpleNamespace(savefig=lambda path, **_: Path(path).touch())
     with (
         mock.patch("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).touch()),

@@ -219,4 +219,3 @@ class Device:
     def memops_64(self) -> bool:
         """Whether `Stream.wait_value` and `write_value` work."""
         return self.attribute(Attribute.MEMOPS_64) == 1
-
