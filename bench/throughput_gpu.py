@@ -30,10 +30,11 @@ from link import about, graphics_for, record
 
 from easgd_local import models
 from easgd_local.center import Center, Layout
+from easgd_local.computing import Computing
 from easgd_local.data import Dataset, MemorySplit
 from easgd_local.devices import OnGpu
 from easgd_local.flat import Flat
-from easgd_local.gradient import Computing, Gradient
+from easgd_local.gradient import Gradient
 from easgd_local.graphics import Graphics
 from easgd_local.learning_rate import LearningRate
 from easgd_local.rules.easgd import EASGD

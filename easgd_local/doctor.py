@@ -166,7 +166,8 @@ def exchange_on_gpu(
     """Times one gradient step and one exchange of the model on the first GPU, by one worker that has it for itself."""
     from easgd_local import data as datasets
     from easgd_local import models
-    from easgd_local.gradient import Computing, Gradient
+    from easgd_local.computing import Computing
+    from easgd_local.gradient import Gradient
 
     dataset = datasets.load(data)
     net = models.build(model, shape=dataset.input_shape, classes=len(dataset.classes))

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from easgd_local import calibrate, data, hardware, models
 from easgd_local.backend.cpu import vector
 from easgd_local.center import Center
+from easgd_local.computing import USUAL, Computing
 from easgd_local.data import Dataset, Split
 from easgd_local.flat import Flat
-from easgd_local.gradient import USUAL, Computing
 from easgd_local.worker import TrainingPlan
 
 BATCH = 250  # for statistics

@@ -2,93 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from easgd_local.data import Dataset, MemorySplit, OnDevice, Sampler, order, prepare, step_rng, to_device
+from easgd_local.computing import USUAL, Computing
+from easgd_local.data import Dataset, Sampler
 from easgd_local.flat import Flat
-from easgd_local.halves import narrow
 from easgd_local.loss_scale import scale_of, unscale
 from easgd_local.memory import MainMemory, Memory
+from easgd_local.minibatches import Minibatches
 from easgd_local.randomness import seed_model
-
-PRECISIONS = {  # the type of torch's autocast, and that of the parameters
-    "fp32": (None, torch.float32),
-    "bf16": (torch.bfloat16, torch.float32),
-    "fp16": (torch.float16, torch.float32),
-    "bf16-true": (None, torch.bfloat16),
-    "fp16-true": (None, torch.float16),
-}
-
-
-@dataclass(frozen=True)
-class Computing:
-    """How a model computes: on the processor or a GPU (torch's name for it), the precision of forward and backward (one
-    of PRECISIONS), and the order of a picture's elements in memory: channel by channel (torch's default), or with the
-    channels of each pixel together. `compiled` by torch.compile; on a GPU `deterministic` algorithms only, `tf32` in
-    matrix products and convolutions of float32, and the training pictures there."""
-
-    precision: str = "fp32"
-    channels_last: bool = False
-    device: str = "cpu"
-    compiled: bool = False
-    deterministic: bool = True
-    tf32: bool = False
-    pictures_on_device: bool = False
-
-    def context(self) -> contextlib.AbstractContextManager[object]:
-        """bfloat16 or float16 where torch holds that to be safe, or the types of inputs and parameters."""
-        kind, _ = PRECISIONS[self.precision]
-        return contextlib.nullcontext() if kind is None else torch.autocast(self.device, kind)
-
-    def inputs(self, pictures: np.ndarray | Tensor) -> Tensor:
-        """[b, C, H, W] on the device, of the same values in the parameters' type: all layers keep the order in memory
-        that they are given."""
-        made = torch.from_numpy(pictures) if isinstance(pictures, np.ndarray) else pictures
-        made = made.contiguous(memory_format=torch.channels_last) if self.channels_last else made
-        made = made if made.device.type == self.device else to_device(made, torch.device(self.device))
-        return made.to(self.parameter_type)
-
-    def set_up(self) -> None:
-        """Makes torch compute so in this process; before it starts CUDA."""
-        if self.device == "cpu":
-            return
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = self.tf32
-        torch.backends.cudnn.benchmark = not self.deterministic
-        if self.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may choose as it likes
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # which only helps to find mistakes
-
-    @property
-    def parameter_type(self) -> torch.dtype:
-        """What the model's parameters are: x itself in float32, or x rounded."""
-        return PRECISIONS[self.precision][1]
-
-    @property
-    def scales_loss(self) -> bool:
-        """Whether the gradients of layers are float16, which has no small numbers."""
-        return torch.float16 in PRECISIONS[self.precision]
-
-    def narrowed(self, model: nn.Module) -> nn.Module:
-        """The model itself, its parameters now of their type."""
-        return model if self.parameter_type == torch.float32 else narrow(model, self.parameter_type)
-
-    def model(self, model: nn.Module) -> nn.Module:
-        """The model as it is called."""
-        return torch.compile(model) if self.compiled else model  # type: ignore[return-value]
-
-
-USUAL = Computing()
 
 
 class Gradient:
@@ -116,18 +42,12 @@ class Gradient:
         self.loss: float | Tensor = float("nan")  # of the latest minibatch, without the weight decay term
         self.loss_scale: Any = None  # for fp16: a vector of this memory that holds the state of `loss_scale`
         self.samples_per_step = sampler.batch_size
-        self._model, self._dataset, self._sampler, self._rank = model.train(), dataset, sampler, rank
-        self._called = computing.model(model)
+        self._called = computing.model(model.train())
+        self._minibatch = Minibatches(dataset, sampler, rank=rank, computing=computing, device=self._device)
         self._weight_decay, self._computing = weight_decay, computing
         self._g = self._memory.vector(self.n)
         self.flat.bind_gradients(self._memory.tensor(self._g))
         self._bound: Any = None
-        self._next_t = -1
-        self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
-        self._on_device: OnDevice | None = None
-        if computing.pictures_on_device:
-            assert isinstance(dataset.train, MemorySplit)
-            self._on_device = OnDevice(dataset.train, dataset, self._device)
 
     @property
     def layers(self) -> list[slice]:
@@ -185,18 +105,4 @@ class Gradient:
 
     def close(self) -> None:
         """Ends the reading ahead of streamed data."""
-        if hasattr(self._batches, "close"):
-            self._batches.close()
-
-    def _minibatch(self, t: int) -> tuple[Tensor, Tensor, int]:
-        rng = step_rng(self._sampler.seed, self._rank, t)
-        if self._on_device is not None:
-            pictures, targets = self._on_device.batch(self._sampler.indices(t), rng)
-            return self._computing.inputs(pictures), targets, int(rng.integers(2**62))
-        if t != self._next_t:
-            self.close()
-            self._batches = self._dataset.train.stream(order(self._sampler, t))
-        self._next_t = t + 1
-        images, labels = next(self._batches)
-        inputs = self._computing.inputs(prepare(images, self._dataset, rng))
-        return inputs, to_device(torch.from_numpy(labels), self._device), int(rng.integers(2**62))
+        self._minibatch.close()

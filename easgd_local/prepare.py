@@ -15,12 +15,12 @@ from torch import nn
 
 from easgd_local import checkpoint, data, hardware, models
 from easgd_local.center import Center, Layout
+from easgd_local.computing import Computing
 from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
 from easgd_local.curvature import start_curvature
 from easgd_local.data import Dataset, MemorySplit
 from easgd_local.flat import Flat
 from easgd_local.gpus import chosen, exchanging
-from easgd_local.gradient import Computing
 from easgd_local.graphics import Graphics, effective
 from easgd_local.outset import check_room, copy_center, restore, set_turns, shared_names
 from easgd_local.partition import partition
@@ -94,7 +94,7 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
     agree with that run's; its config.json then says what holds from here on. Raises `ValueError` or `MemoryError` with
     one sentence; nothing is left behind then.
     """
-    _check_gpu_flags(config)
+    check_gpu_flags(config)
     graphics, said = chosen(config.device, config.exchange)
     _check_tensorboard(config)
     with contextlib.ExitStack() as undo:
@@ -150,6 +150,13 @@ def load(config: Config) -> Dataset:
         ) from error
 
 
+def check_gpu_flags(config: Config) -> None:
+    """`ValueError` for a flag that says how a GPU computes, without one."""
+    for name in ("tf32", "nondeterministic"):
+        if getattr(config, name) and config.device != "cuda":
+            raise ValueError(f"{name}=True: says how a GPU computes, but device={config.device}; leave it out.")
+
+
 def thread_count(config: Config, model: nn.Module, shape: models.Shape) -> int:
     """Of each worker: as configured, else those that its share of the cores and the size of a step are worth."""
     assert config.workers is not None
@@ -180,10 +187,13 @@ def _check_tensorboard(config: Config) -> None:
         )
 
 
-def _check_gpu_flags(config: Config) -> None:
-    for name in ("tf32", "nondeterministic"):
-        if getattr(config, name) and config.device != "cuda":
-            raise ValueError(f"{name}=True: says how a GPU computes, but device={config.device}; leave it out.")
+def computing(config: Config, dataset: Dataset, graphics: Graphics | None) -> Computing:
+    """How each worker's model computes; with these GPUs, or on the CPU without any."""
+    return Computing(
+        config.precision, config.channels_last, "cuda" if graphics and not graphics.pretended else "cpu",
+        config.compile, not config.nondeterministic, config.tf32,
+        _fits_on_device(dataset, graphics, config.workers or 1),
+    )  # fmt: skip
 
 
 def _fits_on_device(dataset: Dataset, graphics: Graphics | None, workers: int) -> bool:
@@ -244,10 +254,7 @@ def _plan(config: Config, dataset: Dataset, graphics: Graphics | None) -> tuple[
         seed=config.seed,
         weight_decay=config.weight_decay,
         turns=config.turns,
-        computing=Computing(
-            config.precision, config.channels_last, "cuda" if graphics and not graphics.pretended else "cpu",
-            config.compile, not config.nondeterministic, config.tf32, _fits_on_device(dataset, graphics, workers),
-        ),
+        computing=computing(config, dataset, graphics),
         graphics=graphics,
         buffers=config.buffers,
         threads=config.threads or 1,

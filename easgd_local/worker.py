@@ -16,8 +16,9 @@ import torch
 from easgd_local import data, faults, models
 from easgd_local.backend.cpu import CpuOps, Vector
 from easgd_local.center import Center
+from easgd_local.computing import Computing
 from easgd_local.devices import Place, place_of
-from easgd_local.gradient import Computing, Gradient
+from easgd_local.gradient import Gradient
 from easgd_local.learning_rate import LearningRate
 from easgd_local.loss_scale import STATE as LOSS_SCALE
 from easgd_local.optimizers import STEPS, Optimizer

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from easgd_local import cli, data, hardware
-from easgd_local.compare import contest, tuning
+from easgd_local import cli, data
+from easgd_local.compare import contest, outset, tuning
 from easgd_local.compare.command import execute, make_comparison
 from easgd_local.compare.contest import open_contest, rotated
 from easgd_local.compare.entries import Entry, parse
@@ -163,7 +163,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (["msgd", "ddp", "--budget", "9s", "--steps", "9"], "budget=9s and steps=9: both fix the length"),
     (["msgd", "ddp", "--steps", "9", "--epochs", "1"], "steps=9 and epochs=1.0: both fix the length"),
     (["msgd", "ddp", "--precision", "fp16"], "precision=fp16: ddp is torch's own, with neither a scaled loss nor"),
-    (["msgd", "ddp", "--device", "cuda"], "device=cuda: ddp runs over gloo on CPUs only in this version"),
+    (["msgd", "ddp", "--tf32"], "tf32=True: says how a GPU computes, but device=auto; leave it out"),
     (["msgd", "ddp", "--workers", "0"], "workers=0: must be at least 1"),
     (["msgd", "ddp", "--seed", str(2**63 - 2)], "seed=.*: must be below"),
     (["msgd", "ddp", "--tau", "3"], "--tau: belongs to an entry, in one word with its rule, such as 'eamsgd tau=16"),
@@ -183,10 +183,9 @@ def test_a_mistake_is_refused_with_one_sentence(refused: Callable[..., str], wor
 def test_two_processes_of_nccl_on_one_gpu_are_refused(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware, "gpus", lambda: ["a GPU"])
+    monkeypatch.setattr(outset, "find", lambda: SimpleNamespace(names=("a GPU",)))
     said = refused("msgd", "ddp", "--workers", "2", "--device", "cuda")
     assert said.startswith("workers=2: ddp on 1 GPU: NCCL takes one process per GPU; use at most 1,")
-    assert refused("msgd", "ddp workers=1", "--device", "cuda").startswith("device=cuda: ddp workers=1 runs over gloo")
 
 
 # The order of runs, with runs that are made up

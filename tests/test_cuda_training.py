@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from easgd_local import graphics
+from easgd_local.compare import rival_run
+from easgd_local.compare.rivals import DDP, PostLocalSGD
+from easgd_local.config import Config
 from easgd_local.faults import Fault
 from easgd_local.rules.apam import APAM
 from easgd_local.rules.downpour import Downpour
@@ -231,6 +234,20 @@ def test_a_run_without_operations_on_words_waits_by_kernels(run: Runner, monkeyp
     summary = run(workers=2, steps=20, device="cuda")
     assert config_of(summary)["words"] == "kernels"
     assert summary["center_sha256"] == expected["center_sha256"]
+
+
+@pytest.mark.parametrize("rule", [DDP(), PostLocalSGD(tau=3, ddp_steps=3)], ids=lambda rule: rule.name)
+def test_a_rival_takes_a_gpu_for_each_process(rule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "2")
+    values = {"rule": rule, "workers": 2, "steps": 10, "eval_every": 5}
+    on_cpu, on_gpus = (
+        rival_run.train(Config(**values, device=device, out=str(tmp_path / device))) for device in ("cpu", "cuda")
+    )
+    assert on_gpus["status"] == "done"
+    assert on_gpus["center_sha256"] == on_cpu["center_sha256"]
+    assert config_of(on_gpus)["device"].startswith("cuda (1 x Fake GPU 0, 1 x Fake GPU 1;")
+    with pytest.raises(ValueError, match=r"^workers=3: .* on 2 GPUs: NCCL takes one process per GPU; use at most 2,"):
+        rival_run.train(Config(**values | {"workers": 3}, device="cuda", out=str(tmp_path / "three")))
 
 
 REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from easgd_local import data, evaluate, models
+from easgd_local.computing import Computing
 from easgd_local.data import Dataset
 from easgd_local.evaluate import BATCH, Scores, evenly_spaced, recalibrate
-from easgd_local.gradient import Computing
 
 EPS = float(np.finfo(np.float32).eps)
 

@@ -21,6 +21,8 @@ import easgd_local as easgd
 from easgd_local import data, doctor
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.backend.cuda import OPERATIONS, CudaOps, Gpu, Transfer
+from easgd_local.compare import rival_run
+from easgd_local.compare.rivals import DDP, PostLocalSGD
 from easgd_local.config import Config
 from easgd_local.data import OnDevice
 from easgd_local.faults import Fault
@@ -195,6 +197,17 @@ def test_every_exchange_and_every_way_of_waiting_gives_the_same_center(
 @pytest.mark.parametrize("rule", [EASGD(tau=2), LocalSGD(tau=3, inner="adamw"), DiLoCo(tau=5)], ids=lambda r: r.name)
 def test_training_on_the_gpu_learns_what_training_on_the_cpu_does(rule: Any, training: Runner) -> None:
     on_gpu, on_cpu = training(rule=rule), training(rule=rule, device="cpu")
+    assert on_gpu["status"] == "done"
+    assert on_gpu["train_loss"] == pytest.approx(on_cpu["train_loss"], rel=0.02)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("rule", [DDP(), PostLocalSGD(tau=3, ddp_steps=20)], ids=lambda rule: rule.name)
+def test_a_rival_learns_on_the_gpu_what_it_does_on_the_cpu(rule: Any, tmp_path: Path) -> None:
+    values = {"rule": rule, "workers": 1, "steps": 60, "eval_every": 20}
+    on_gpu, on_cpu = (
+        rival_run.train(Config(**values, device=device, out=str(tmp_path / device))) for device in ("cuda", "cpu")
+    )
     assert on_gpu["status"] == "done"
     assert on_gpu["train_loss"] == pytest.approx(on_cpu["train_loss"], rel=0.02)
 

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from easgd_local import data, models
 from easgd_local.backend.cpu import CpuOps, vector
+from easgd_local.computing import USUAL, Computing
 from easgd_local.data import Dataset
 from easgd_local.flat import Flat
-from easgd_local.gradient import USUAL, Computing, Gradient
+from easgd_local.gradient import Gradient
 
 BATCH_SIZE, SEED, RANK, WORKERS = 7, 5, 1, 3
 

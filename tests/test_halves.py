@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from easgd_local import evaluate
 from easgd_local.backend.cpu import CpuOps, vector
 from easgd_local.child import Refusal
+from easgd_local.computing import Computing
 from easgd_local.flat import Flat
-from easgd_local.gradient import Computing, Gradient
+from easgd_local.gradient import Gradient
 from easgd_local.halves import TYPES, narrow
 from easgd_local.rules.diloco import DiLoCo
 from easgd_local.rules.easgd import EASGD

@@ -46,6 +46,8 @@ LAYERS = (
     ("stepping",),
     ("devices", "respondent"),
     ("gradient", "stream_turns", "curvature"),
+    ("minibatches",),
+    ("computing",),
     ("graphics",),
     ("link",),
     ("stream_words",),

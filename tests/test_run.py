@@ -26,10 +26,11 @@ import torch
 from easgd_local import checkpoint, data, metrics, models
 from easgd_local.backend.cpu import CpuOps, vector
 from easgd_local.center import Layout
+from easgd_local.computing import Computing
 from easgd_local.config import Config
 from easgd_local.faults import Fault
 from easgd_local.flat import Flat
-from easgd_local.gradient import Computing, Gradient
+from easgd_local.gradient import Gradient
 from easgd_local.partition import partition
 from easgd_local.prepare import prepare
 from easgd_local.rules import RULES, rule_class

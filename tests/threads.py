@@ -10,7 +10,7 @@ import numpy as np
 
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.center import Center, Layout
-from easgd_local.gradient import Computing
+from easgd_local.computing import Computing
 from easgd_local.learning_rate import LearningRate
 from easgd_local.partition import partition
 from easgd_local.rules.base import Rule

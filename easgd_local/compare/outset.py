@@ -7,19 +7,27 @@ import time
 import torch
 
 from easgd_local import data, hardware, models
+from easgd_local.compare.rival_run import check_seats
 from easgd_local.compare.settings import Comparison
+from easgd_local.computing import Computing
 from easgd_local.data import Dataset
 from easgd_local.evaluate import evaluate
 from easgd_local.flat import Flat
-from easgd_local.gradient import Computing
+from easgd_local.gpus import find
 from easgd_local.partition import partition
-from easgd_local.prepare import load
+from easgd_local.prepare import check_gpu_flags, load
 
 
 def look(comparison: Comparison, dataset: Dataset | None = None) -> Dataset:
     """Loads the data unless given, and builds the model once; `ValueError` for what cannot work, before anything is
     written."""
     config = comparison.template
+    check_gpu_flags(config)
+    if config.device == "cuda":
+        graphics = find()
+        for one in comparison.entries:
+            if one.is_rival:
+                check_seats(one.label, comparison.workers(one), graphics)
     dataset = dataset or load(config)
     torch.manual_seed(config.seed)
     model = models.build(config.model, shape=dataset.input_shape, classes=len(dataset.classes))
@@ -30,7 +38,7 @@ def look(comparison: Comparison, dataset: Dataset | None = None) -> Dataset:
         if one.rule.divides:
             lengths = [entry.stop - entry.start for entry in Flat(model).trained]
             partition(lengths, comparison.workers(one))  # says if too few
-    if comparison.budget_s is not None:
+    if comparison.budget_s is not None and config.device != "cuda":  # there an evaluation is cheap
         torch.set_num_threads(hardware.cores())
         computing, took_s = Computing(config.precision, config.channels_last), []
         model = computing.narrowed(model)

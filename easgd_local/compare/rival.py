@@ -1,4 +1,5 @@
-"""One process of a rival's run: PyTorch's own data-parallel training over gloo, as its users write it.
+"""One process of a rival's run: PyTorch's own data-parallel training, over gloo on the CPU and NCCL on GPUs, as its
+users write it.
 
 Start, minibatches, crops and flips, weight decay and evaluation are those of our workers, so nothing but the way of
 averaging differs.
@@ -12,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,17 @@ from torch.nn import functional as F
 
 from easgd_local import data, hardware, models
 from easgd_local.compare.rivals import DDP, PostLocalSGD, Rival
+from easgd_local.computing import Computing
 from easgd_local.data import Dataset, Sampler
+from easgd_local.devices import take_seat
 from easgd_local.evaluate import evaluate
-from easgd_local.gradient import Computing
+from easgd_local.graphics import Graphics
 from easgd_local.learning_rate import LearningRate
+from easgd_local.minibatches import Minibatches
 from easgd_local.randomness import seed_model
 from easgd_local.summary import Clock
+
+PATIENCE = timedelta(days=365)  # of processes that wait for each other: when one dies, the launcher ends them all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,7 @@ class RivalPlan:
     seed: int
     weight_decay: float
     computing: Computing
+    graphics: Graphics | None
     threads: int
     evaluation_samples: int
     folder: Path
@@ -61,13 +69,16 @@ def main(conn: Connection, fds: list[int], rank: int, plan: RivalPlan, descripti
     """Sets up, says "ready", waits for the word to go, trains; the first process tells of evaluations and the end."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(plan.threads)
+    plan.computing.set_up()
+    device = take_seat(plan.graphics, rank)
     dataset = data.from_memfd(fds[0] if fds else None, description)
     store = dist.FileStore(str(plan.folder / "meeting"), plan.workers)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.workers)
+    over = {"backend": "gloo"} if device.type == "cpu" else {"backend": "nccl", "device_id": device}
+    dist.init_process_group(**over, store=store, rank=rank, world_size=plan.workers, timeout=PATIENCE)
     try:
         torch.manual_seed(plan.seed)
         model = models.build(plan.model, shape=dataset.input_shape, classes=len(dataset.classes))
-        run = RivalProcess(rank, plan, model, dataset, conn.send)
+        run = RivalProcess(rank, plan, model.to(device), dataset, device, conn.send)
         conn.send(("ready",))
         conn.recv()
         run.train()
@@ -79,24 +90,33 @@ class RivalProcess:
     """The training loop of one process; the clock is the first process's, and stands while the model is evaluated."""
 
     def __init__(
-        self, rank: int, plan: RivalPlan, model: nn.Module, dataset: Dataset, post: Callable[[tuple[Any, ...]], None]
+        self,
+        rank: int,
+        plan: RivalPlan,
+        model: nn.Module,
+        dataset: Dataset,
+        device: torch.device,
+        post: Callable[[tuple[Any, ...]], None],
     ) -> None:
-        self._rank, self._plan, self._dataset, self._post = rank, plan, dataset, post
+        self._rank, self._plan, self._dataset, self._device, self._post = rank, plan, dataset, device, post
         self._module, self._clock = model, Clock(0.0)
-        self._model = nn.parallel.DistributedDataParallel(model)
+        self._model = nn.parallel.DistributedDataParallel(model, None if device.type == "cpu" else [device])
         self._optimizer = optimizer_of(plan, self._model)
+        self._minibatch = Minibatches(  # those that our worker of the same rank would get
+            dataset, plan.sampler(rank, len(dataset.train)), rank=rank, computing=plan.computing, device=device
+        )
 
     def train(self) -> None:
         """All steps, with evaluations between them."""
-        plan, batches = self._plan, self._batches()
+        plan = self._plan
         self._evaluate(0)
         for t in range(plan.steps):
-            self._step(t, *next(batches))
+            self._step(t)
             done = t + 1
             if done == plan.steps or (plan.evaluate_every and done % plan.evaluate_every == 0):
                 if not self._evaluate(done):
                     break
-        batches.close()
+        self._minibatch.close()
         self._clock.stop()
         if self._rank == 0:
             tensors = {name: one.contiguous() for name, one in self._averaged().state_dict().items()}
@@ -105,17 +125,9 @@ class RivalProcess:
             self._averaged()
         self._post(("finished", done, self._clock.seconds))
 
-    def _batches(self) -> Any:
-        """(inputs, targets) of t = 0, 1, ...: those that our worker of the same rank would get."""
-        plan, rank = self._plan, self._rank
-        sampler = plan.sampler(rank, len(self._dataset.train))
-        for t, (images, labels) in enumerate(self._dataset.train.stream(data.order(sampler))):
-            rng = data.step_rng(plan.seed, rank, t)
-            inputs = data.prepare(images, self._dataset, rng)
-            seed_model(int(rng.integers(2**62)), torch.device("cpu"))  # for dropout
-            yield plan.computing.inputs(inputs), torch.from_numpy(labels)
-
-    def _step(self, t: int, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+    def _step(self, t: int) -> None:
+        inputs, targets, seed = self._minibatch(t)
+        seed_model(seed, self._device)
         for group in self._optimizer.param_groups:
             group["lr"] = self._plan.learning_rate(t)
         self._optimizer.zero_grad()
@@ -126,9 +138,9 @@ class RivalProcess:
 
     def _evaluate(self, t: int) -> bool:
         """Scores the model with the clock stopped, by the first process on all cores; whether to go on."""
-        dist.barrier()  # everybody has made step t
+        self._meet()  # everybody has made step t
         self._clock.stop()
-        averaged, sound = self._averaged(), torch.ones(1)
+        averaged, sound = self._averaged(), torch.ones(1, device=self._device)
         if self._rank == 0:
             with _threads(hardware.cores(), self._plan.threads):
                 scores = evaluate(
@@ -137,9 +149,15 @@ class RivalProcess:
             self._post(("center", t, self._clock.seconds, asdict(scores)))
             sound[0] = math.isfinite(scores.train_loss)
         dist.broadcast(sound, 0)
-        dist.barrier()
+        self._meet()
         self._clock.start()
         return bool(sound)
+
+    def _meet(self) -> None:
+        """Returns when all processes, and their GPUs, are here."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        dist.barrier()
 
     @torch.no_grad()
     def _averaged(self) -> nn.Module:

@@ -20,10 +20,11 @@ from easgd_local.compare.rival import RivalPlan
 from easgd_local.compare.rivals import Rival
 from easgd_local.config import Config
 from easgd_local.data import Dataset
-from easgd_local.gradient import Computing
+from easgd_local.gpus import chosen
+from easgd_local.graphics import Graphics, device_name
 from easgd_local.launcher import Launcher, Message
 from easgd_local.metrics import Metrics
-from easgd_local.prepare import load, thread_count
+from easgd_local.prepare import computing, load, thread_count
 from easgd_local.runfolder import claim
 from easgd_local.signals import signals
 
@@ -33,29 +34,43 @@ POLL_S = 0.05
 def train(config: Config, dataset: Dataset | None = None) -> dict[str, Any]:
     """Runs the rival `config.rule` and returns what its summary.json holds, as `training.train` does for a rule.
 
-    When a process dies or the run is interrupted, all of them are ended.
+    When a process dies or the run is interrupted, all of them are ended. Raises `ValueError` with one sentence for
+    more processes than GPUs, and where GPUs are missing.
     """
+    graphics, warnings = chosen(config.device, config.exchange)
+    if graphics is not None:
+        check_seats(config.rule.name, config.workers or 1, graphics)
     dataset = dataset or load(config)
     fd, description = data.to_memfd(dataset)
     try:
         model = models.build(config.model, shape=dataset.input_shape, classes=len(dataset.classes))
-        plan = _plan(config, thread_count(config, model, dataset.input_shape))
-        folder = claim(config.out, config.rule.name, config.to_json(), {"threads": plan.threads, "device": "cpu"})
-        plan = replace(plan, folder=folder)
-        with Metrics(folder) as log, Launcher(folder / "logs") as launcher:
+        plan = _plan(config, dataset, graphics, thread_count(config, model, dataset.input_shape))
+        known = {"threads": plan.threads, "device": device_name(graphics)}
+        plan = replace(plan, folder=claim(config.out, config.rule.name, config.to_json(), known))
+        with Metrics(plan.folder) as log, Launcher(plan.folder / "logs") as launcher:
             course = RivalRun(plan, launcher, log)
             with signals(course.interrupt):
                 course.execute([] if fd is None else [fd], description)
     finally:
         if fd is not None:
             os.close(fd)
-    summary = course.summary(config, model)
-    (folder / "summary.json").write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
-    report.write(folder)
-    return summary | {"folder": str(folder)}
+    summary = course.summary(config, model) | {"warnings": warnings}
+    (plan.folder / "summary.json").write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
+    report.write(plan.folder)
+    return summary | {"folder": str(plan.folder)}
 
 
-def _plan(config: Config, threads: int) -> RivalPlan:
+def check_seats(label: str, workers: int, graphics: Graphics) -> None:
+    """`ValueError` unless each process has a GPU of its own, as NCCL demands."""
+    gpus = len(graphics.names)
+    if workers > gpus:
+        raise ValueError(
+            f"workers={workers}: {label} on {gpus} {'GPU' if gpus == 1 else 'GPUs'}: NCCL takes one process per GPU; "
+            f"use at most {gpus}, or --device cpu."
+        )
+
+
+def _plan(config: Config, dataset: Dataset, graphics: Graphics | None, threads: int) -> RivalPlan:
     assert isinstance(config.rule, Rival)
     assert config.steps is not None
     assert config.workers is not None
@@ -64,8 +79,7 @@ def _plan(config: Config, threads: int) -> RivalPlan:
         rival=config.rule, learning_rate=config.learning_rate(config.steps), workers=config.workers,
         steps=config.steps, evaluate_every=config.eval_every, model=config.model, batch_size=config.batch_size,
         sampling=config.sampling, seed=config.seed, weight_decay=config.weight_decay,
-        computing=Computing(config.precision, config.channels_last),
-        threads=threads,
+        computing=computing(config, dataset, graphics), graphics=graphics, threads=threads,
         evaluation_samples=config.eval_samples, folder=Path(),
     )  # fmt: skip
 
@@ -146,5 +160,5 @@ class RivalRun:
             "wait_s": None, "exchange_s": None, **self._scores, "scores": self._scores,
             "center_sha256": hashlib.sha256(center.read_bytes()).hexdigest() if center.exists() else None,
             "parameters": sum(one.numel() for one in model.parameters()),
-            "failures": self._failures, "warnings": [],
+            "failures": self._failures,
         }  # fmt: skip

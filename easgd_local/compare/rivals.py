@@ -17,7 +17,8 @@ OPTIMIZERS = {"sgd": 0.1, "adam": 0.0005, "adamw": 0.0005, "amsgrad": 0.0005}  #
 
 @dataclass(frozen=True, kw_only=True)
 class Rival(Rule):
-    """A run of torch's: p processes that meet over gloo, each with an optimizer of torch's and its weight decay λ."""
+    """A run of torch's: p processes that meet over gloo, on GPUs over NCCL, each with an optimizer of torch's and its
+    weight decay λ."""
 
     orders: ClassVar[tuple[str, ...]] = ("together",)
 

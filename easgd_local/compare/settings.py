@@ -7,17 +7,16 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from easgd_local import hardware
 from easgd_local.compare import tuning
 from easgd_local.compare.entries import Entry
-from easgd_local.config import WORKERS, Config
+from easgd_local.config import Config
 from easgd_local.rules.easgd import EASGD
 
 # The flags of `train` that hold for all entries alike.
 COMMON = (
     "workers", "device", "data", "data_dir", "image_size", "memory_budget", "model", "steps", "epochs", "batch_size",
-    "weight_decay", "sampling", "seed", "schedule", "warmup", "lr_step", "lr_decay", "precision", "channels_last",
-    "threads", "eval_every", "eval_samples",
+    "weight_decay", "sampling", "seed", "schedule", "warmup", "lr_step", "lr_decay", "precision", "tf32",
+    "nondeterministic", "channels_last", "threads", "eval_every", "eval_samples",
 )  # fmt: skip
 OTHERWISE = {"steps", "eval_every"}  # of these, those whose default is another one than `train`'s
 UNITS_S = {"s": 1, "m": 60, "h": 3600}
@@ -59,8 +58,6 @@ class Comparison:
                         f"budget={self.budget_s:g}s and {name}={self.common[name]}: both fix the length of the runs; "
                         f"give one."
                     )
-        if self.common.get("device") == "cuda":
-            self._refuse_rivals_on_gpus()
         self._check_precision()
         template = Config(rule=EASGD(), **self.common)
         if template.seed + self.seeds >= 2**63:
@@ -80,21 +77,6 @@ class Comparison:
             raise ValueError(f"tune_lrs={self.tune_lrs}: as many smaller as larger ones, so an odd number; try 5.")
         if self.tune_cost is not None and not 0 < self.tune_cost < math.inf:
             raise ValueError(f"tune_cost={self.tune_cost}: in compared runs, must be positive; try 1.")
-
-    def _refuse_rivals_on_gpus(self) -> None:
-        gpus = len(hardware.gpus())
-        for one in self.entries:
-            p = one.workers or self.common.get("workers") or WORKERS
-            if one.is_rival and 0 < gpus < p:
-                raise ValueError(
-                    f"workers={p}: {one.label} on {gpus} {'GPU' if gpus == 1 else 'GPUs'}: NCCL takes one process per "
-                    f"GPU; use at most {gpus}, or --device cpu."
-                )
-            if one.is_rival:
-                raise ValueError(
-                    f"device=cuda: {one.label} runs over gloo on CPUs only in this version, while rules run on GPUs "
-                    f"too; leave it out, or use --device cpu."
-                )
 
     def _check_precision(self) -> None:
         precision = self.common.get("precision", "fp32")
