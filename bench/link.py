@@ -44,6 +44,8 @@ CHECKED_FLOATS, CHECKED_BLOCK_BYTES = 100_003, 64 << 10
 ALPHA = 0.45
 HOLD_CYCLES = 1_000_000  # about half a millisecond
 HOST_CYCLES_PER_S, MOST_HOLDS = 4e9, 4  # no GPU's clock is that fast
+MOST_HOLD_CYCLES = 200_000_000  # a tenth of a second
+MOST_BLOCKS = 500  # in a sequence: all of it fits into the device's queue, so that the host is not what is timed
 NO_GPU = 2  # exit code
 
 Enqueue = Callable[[], None]
@@ -131,8 +133,8 @@ class Timer(Protocol):
 
 class TimerByEvents:
     """The device is held back until all is enqueued, or it would wait for the host meanwhile. If that was not long
-    enough, the next try holds it longer, and so do all later calls; after `MOST_HOLDS` tries the last one counts, since
-    more than the device's queue takes cannot be enqueued beforehand."""
+    enough, the next try holds it longer, and so do all later calls; after `MOST_HOLDS` tries the last one counts, and
+    later calls begin anew: more than the device's queue takes cannot be enqueued beforehand, however long it waits."""
 
     def __init__(self, rig: Rig, enqueue: Enqueue, before: Enqueue) -> None:
         self._rig, self._enqueue, self._before, self._hold = rig, enqueue, before, HOLD_CYCLES
@@ -141,8 +143,9 @@ class TimerByEvents:
         for _ in range(MOST_HOLDS):
             early, device_s, host_s = self._try()
             if not early:
-                break
-            self._hold = max(2 * self._hold, int(HOST_CYCLES_PER_S * host_s))
+                return device_s, host_s
+            self._hold = min(max(2 * self._hold, int(HOST_CYCLES_PER_S * host_s)), MOST_HOLD_CYCLES)
+        self._hold = HOLD_CYCLES
         return device_s, host_s
 
     def _try(self) -> tuple[bool, float, float]:
@@ -290,8 +293,15 @@ class ZeroCopy:
             self._ops.pull(ends.target[b], ends.mapped_received[b], ends.source[b], ALPHA)
 
 
-def measure(rig: Rig, ends: Ends, repetitions: int) -> Iterator[harness.Row]:
-    """Rows of every way and every size of blocks."""
+def measure(rig: Rig, most_bytes: int, repetitions: int) -> Iterator[harness.Row]:
+    """Rows of every size of blocks: as many of them as the bytes allow, and the device's queue."""
+    for block_bytes in BLOCKS_BYTES:
+        with Ends(rig.gpu, min(most_bytes, MOST_BLOCKS * block_bytes) // 4) as ends:
+            yield from measure_ways(rig, ends, block_bytes, repetitions)
+
+
+def measure_ways(rig: Rig, ends: Ends, block_bytes: int, repetitions: int) -> Iterator[harness.Row]:
+    """Rows of every way."""
     total_bytes, kernels = 4 * ends.n, ZeroCopy(ends, rig.ops)
     ends.sent[:] = ends.received[:] = 1.0
     ends.to_device(total_bytes)
@@ -305,14 +315,13 @@ def measure(rig: Rig, ends: Ends, repetitions: int) -> Iterator[harness.Row]:
         "zero-copy pull": (kernels.pull, ends.both, 2 * total_bytes),
     }
     for way, (carry, bound, size_bytes) in ways.items():
-        for block_bytes in BLOCKS_BYTES:
-            carrying, whole = rig.timer(partial(carry, block_bytes)), rig.timer(partial(bound, total_bytes))
-            timings, whole_s = [], []
-            for _ in range(repetitions + 1):  # the first is not counted
-                timings.append(carrying())
-                whole_s.append(whole()[0])
-            entry = f"{way}, blocks of {block_bytes >> 10} KiB"
-            yield row(entry, size_bytes, -(-total_bytes // block_bytes), timings[1:], whole_s[1:])
+        carrying, whole = rig.timer(partial(carry, block_bytes)), rig.timer(partial(bound, total_bytes))
+        timings, whole_s = [], []
+        for _ in range(repetitions + 1):  # the first is not counted
+            timings.append(carrying())
+            whole_s.append(whole()[0])
+        entry = f"{way}, blocks of {block_bytes >> 10} KiB"
+        yield row(entry, size_bytes, -(-total_bytes // block_bytes), timings[1:], whole_s[1:])
 
 
 def row(entry: str, size_bytes: int, blocks: int, timings: Any, whole_s: list[float]) -> harness.Row:
@@ -360,7 +369,7 @@ def random(seed: int) -> Any:
 
 def main() -> None:
     parser = harness.arguments(QUESTION)
-    parser.add_argument("--mebibytes", type=int, help=f"of the sequence of blocks; default {TOTAL_BYTES >> 20}")
+    parser.add_argument("--mebibytes", type=int, help=f"of the longest sequence of blocks; default {TOTAL_BYTES >> 20}")
     given = parser.parse_args()
     total_bytes = given.mebibytes << 20 if given.mebibytes else QUICK_TOTAL_BYTES if given.quick else TOTAL_BYTES
     graphics = graphics_for("link", given)
@@ -369,8 +378,7 @@ def main() -> None:
     with Rig(graphics) as rig:
         with Ends(rig.gpu, CHECKED_FLOATS) as ends:
             check(rig, ends)
-        with Ends(rig.gpu, total_bytes // 4) as ends:
-            record(measure(rig, ends, repetitions), common, given)
+        record(measure(rig, total_bytes, repetitions), common, given)
 
 
 if __name__ == "__main__":

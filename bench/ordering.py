@@ -17,6 +17,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import time
+from ctypes import c_uint64
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -27,7 +28,7 @@ import numpy as np
 from exchange import together
 from link import about, give_up, graphics_for, mapped_at, record
 
-from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu, Transfer
+from easgd_local.backend.cuda import LINK_BLOCKS, CudaOps, DeviceVector, Gpu, Transfer
 from easgd_local.center import Center, Layout
 from easgd_local.graphics import Graphics
 from easgd_local.stream_words import WAYS
@@ -99,12 +100,13 @@ class Port:
         else:
             self.ops.fill(self._slot(slot), value)
 
-    def read(self, slot: int, y: DeviceVector) -> None:
-        """y <- what is in the slot"""
+    def read(self, slot: int, address: int) -> None:
+        """What is in the slot goes to this address of the device."""
         if self.by_copies:
-            self.stream.copy_to_device(y.address, self._address + 4 * FLOATS * slot, 4 * FLOATS)
-        else:
-            self.ops.copy(y, self._slot(slot))
+            self.stream.copy_to_device(address, self._address + 4 * FLOATS * slot, 4 * FLOATS)
+        else:  # not by the operation, which would remember each of the addresses
+            there, here, n = (c_uint64(value) for value in (address, self._slot(slot).address, FLOATS))
+            self.gpu.launch(self.stream, "copy", there, here, n, n=FLOATS, most=LINK_BLOCKS)
 
     def _slot(self, slot: int) -> DeviceVector:
         return self._mapped[FLOATS * slot : FLOATS * (slot + 1)]
@@ -138,7 +140,7 @@ class Reader:
         port, (visit, slot) = self._port, divmod(k, SLOTS)
         if waits:
             port.words.wait(port.stream, FULL, slot, visit + 1)
-        port.read(slot, self._log[FLOATS * k : FLOATS * (k + 1)])
+        port.read(slot, self._log.address + 4 * FLOATS * k)
         port.words.write(port.stream, TAKEN, slot, visit + 1)
 
     def look(self, blocks: int) -> tuple[int, int]:

@@ -13,7 +13,8 @@ import pytest
 
 from easgd_local import launcher
 from easgd_local.backend.cpu import CpuOps
-from easgd_local.backend.cuda import OPERATIONS, CudaOps, Gpu, Transfer, compiled
+from easgd_local.backend.cuda import CudaOps, Gpu, Transfer, compiled
+from easgd_local.backend.operations import OPERATIONS
 from easgd_local.center import Center
 from easgd_local.graphics import Graphics
 from easgd_local.link import Link
@@ -54,6 +55,7 @@ class Run:
         self.values = {"rule": rule, "workers": workers, "steps": steps, "n": N, "evaluate_every": evaluate_every}
         self.values |= {"turns": turns}
         self.plan, self._more = plan_for(**self.values), {"found": found, **more}
+        self._patience_s = 20 if found.pretended else 50  # real ones start slowly, many at a time
         self.center = stack.enter_context(Center.create(self.plan.layout))
         for name in self.center.vectors:
             if name.rstrip("0123456789") in ("c", *self.plan.rule.copies):
@@ -71,15 +73,15 @@ class Run:
                 process.start()
             self._stack.callback(lambda p=process: (p.kill(), p.join()))
             self.processes.append(process)
-        assert eventually(lambda: all(self.center.held[rank] for rank in range(len(self.processes))), 20)
+        assert eventually(lambda: all(self.center.held[rank] for rank in range(len(self.processes))), self._patience_s)
         self.center.leave[0] = 1
 
-    def codes(self, seconds: float = 20) -> list[int | None]:
-        return [self.code(rank, seconds) for rank in range(len(self.processes))]
+    def codes(self) -> list[int | None]:
+        return [self.code(rank) for rank in range(len(self.processes))]
 
-    def code(self, rank: int, seconds: float = 20) -> int | None:
+    def code(self, rank: int) -> int | None:
         """The exit code of a worker; None if it has not ended in time."""
-        self.processes[rank].join(seconds)
+        self.processes[rank].join(self._patience_s)
         return self.processes[rank].exitcode
 
     def listing(self) -> listings.State:
