@@ -1,13 +1,14 @@
 """How fast is every kernel on the device, as a share of a device copy of the same bytes?
 
-Every operation of `backend.cuda.OPERATIONS`, at two lengths. The bytes that it moves are counted in its source, a
+Every operation of `backend.operations`, at two lengths. The bytes that it moves are counted in its source, a
 vector read 4, one written 4, one updated 8 an element, and must be those that its comment says. The bound is the
 driver's copy on the device (torch's `copy_` of a whole tensor) that moves as many bytes, half of them read and half
 written. GB = 10^9 bytes a second.
 
 "warm" is the mean of launches one behind the other, as many as move a gigabyte, at most 50; "cold" is one launch behind
-the filling of a buffer of twice the largest last-level cache. Kernel and copy take turns. All is timed on the device,
-which starts when the host has enqueued it.
+the reading of a buffer of twice the largest last-level cache. Kernel and copy take turns. All is timed on the device,
+which starts when the host has enqueued it. The shorter vectors fit into that cache, and what is seen of them when warm
+is how long a launch takes.
 
 Beside `pull`, `nesterov` and `amsgrad` stand their rivals on the same memory: torch operation by operation, the same
 through torch.compile, and CuPy's ElementwiseKernel; beside a pull and a Nesterov step, torch.optim.SGD, fused, and a
@@ -22,7 +23,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import harness
@@ -31,7 +32,8 @@ from link import Enqueue, Rig, about, graphics_for, record
 
 from easgd_local import kernels
 from easgd_local.backend.cpu import CpuOps, Vector
-from easgd_local.backend.cuda import OPERATIONS, DeviceVector
+from easgd_local.backend.cuda import DeviceVector
+from easgd_local.backend.operations import OPERATIONS
 
 QUESTION = "How fast is every kernel on the device, as a share of a device copy of the same bytes?"
 FLOATS, QUICK_FLOATS = (25_000_000, 1_000_003), (10_007,)
@@ -325,13 +327,26 @@ class Bound:
         self.rig.gpu.training.copy_on_device(self.target.address, self.source.address, moved_bytes // 2)
 
     def scrub(self) -> None:
+        """Fills the caches with what need not be written back: by reading it, where torch can."""
+        if self.rig.pretended:
+            self.rig.gpu.training.fill(self.scrubbed.address, 0, len(self.scrubbed))
+        else:
+            self._seen_by_torch.sum()
+
+    @cached_property
+    def _seen_by_torch(self) -> Any:
+        import torch
+
         self.rig.gpu.training.fill(self.scrubbed.address, 0, len(self.scrubbed))
+        return torch.as_tensor(self.scrubbed, device="cuda")
 
 
 def measure(bound: Bound, entry: Entry, vectors: list[DeviceVector], repetitions: int) -> Iterator[harness.Row]:
     """Rows of one entry at one length, warm and cold."""
     moved_bytes, operation = entry.bytes_per_element * len(vectors[0]), entry.on(vectors)
     copy = partial(bound.copy, moved_bytes)
+    operation()  # a compiler may compile for this length
+    bound.rig.gpu.training.synchronize()
     for cache in ("warm", "cold"):
         launches = 1 if cache == "cold" else int(np.clip(WARM_BYTES // moved_bytes, 1, MOST_LAUNCHES))
         before = bound.scrub if cache == "cold" else lambda: None
@@ -368,15 +383,23 @@ def run(rig: Rig, lengths: tuple[int, ...], repetitions: int, scrub_bytes: int) 
     bound = Bound(rig, *(rig.gpu.allocate(n) for n in (most, most, scrub_bytes // 4)))
     rig.ops.fill(bound.source, 0.5)
     places = [rig.gpu.allocate(max(lengths)) for _ in range(6)]
+    yield from measure_all(bound, entries, places, lengths, repetitions)
     if rig.stream is None:
         print("The driver only pretends: torch and CuPy cannot compute in its memory, so there are no rivals.")
-    else:
-        entries += able(rig, rivals(rig.stream.cuda_stream), [place[: min(lengths)] for place in places])
+        return
+    others = able(rig, rivals(rig.stream.cuda_stream), [place[: min(lengths)] for place in places])
+    yield from measure_all(bound, others, places, lengths, repetitions)
+
+
+def measure_all(
+    bound: Bound, entries: list[Entry], places: list[DeviceVector], lengths: tuple[int, ...], repetitions: int
+) -> Iterator[harness.Row]:
+    """Rows of these entries at every length."""
     arrays = [values(max(lengths), seed) for seed in range(len(places))]
     for floats in lengths:
         vectors = [place[:floats] for place in places]
         for entry in entries:
-            load(rig, vectors, [array[:floats] for array in arrays])
+            load(bound.rig, vectors, [array[:floats] for array in arrays])
             yield from measure(bound, entry, vectors, repetitions)
 
 

@@ -48,10 +48,10 @@ class Attached(Visitor):
         rule = plan.rule
         super().__init__(
             rank, center, plan, flat.buffers, post, start.t, kept=rule.over_local, scratch=rule.over_scratch,
-            run_t=start.run_t, place=place_of(center, rank, plan.calendar, plan.graphics),
+            run_t=start.run_t, place=place_of(center, rank, plan.calendar, plan.graphics, seated=True),
         )  # fmt: skip
         self._tensor = self._place.tensor(self.x)
-        self._ahead: tuple[int, Any] | None = None  # the clock of an exchange that has begun, and its d
+        self._begun: Any = None  # d of an exchange that goes on beside forward and backward
         self._flat, self._attachment, self._conn = flat, attachment, conn
         self._evaluator = LoopEvaluator(flat, attachment, self._place.device, post)
         self._evaluations = replace(plan.calendar, checkpoint_every=0)
@@ -140,20 +140,23 @@ class Attached(Visitor):
         self._began = time.perf_counter() - self._turns.wait_s
 
     def _meet(self) -> None:
-        before = self._exchanges
-        if self._ahead is not None and self._ahead[0] == self.t:
-            (_, d), self._ahead, before = self._ahead, None, before - 1
-        else:
+        d, self._begun = self._begun, None
+        if d is None:
             d = self._exchange()
         if d is not None:
             self.ops.subtract(self.x, d)  # x <- x - d
         self._draw_buffers()
         self._place.touch([self.x], [self.x])  # the loop's next operations are torch's own
         self._flat.halves.round()
-        if self._exchanges > before and self._attachment.optimizer_state == "reset":
+        if self._is_due and self._attachment.optimizer_state == "reset":
             self._reset_optimizers()
         if self._reloaded_at == self.t:
             self._drop_gradients()
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether an exchange is due at the present clock."""
+        return self.t % self._rule.period == 0
 
     def _exchange(self) -> Any:
         """The rule's exchange, if one is due; d of the elastic ones.
@@ -162,7 +165,7 @@ class Attached(Visitor):
         for the turn of a worker, 2. all hold, that worker too, and we are to evaluate the center, 3. what we compute
         for that waits in our stream, and nobody goes on.
         """
-        if self._plan.graphics is not None and self._in_rounds and self.t % self._rule.period == 0:
+        if self._plan.graphics is not None and self._in_rounds and self._is_due:
             earlier, taken = self._evaluations.previous_snapshot(self._turns.round), self._center.taken
             if earlier is not None:
                 self._turns.until(lambda: taken[0] > earlier)
@@ -200,7 +203,7 @@ class Attached(Visitor):
 
     def _check_bound(self) -> None:
         name = self._flat.strayed(self._tensor)
-        if name is None and self.t % self._rule.period == 0:
+        if name is None and self._is_due:
             name = self._replaced()
         if name is not None:
             raise Refusal(
@@ -235,10 +238,10 @@ class Attached(Visitor):
     def _meet_beside_gradient(self) -> None:
         """On a GPU begins the exchange of step t, which goes on beside forward and backward: they change nothing of x
         but its buffers, which on the CPU are exchanged as the forward pass leaves them."""
-        beside = self._plan.graphics is not None and not self._rule.replaces and self._ahead is None
-        if beside and not self._has_buffers and self.t % self._rule.period == 0:
+        beside = self._plan.graphics is not None and not self._rule.replaces and not self._has_buffers
+        if beside and self._is_due and self._begun is None:
             self._adopt()
-            self._ahead = (self.t, self._exchange())
+            self._begun = self._exchange()
 
     def _boundary_in_step(self) -> None:
         """The loop did not say when step t began, so the state at its beginning counts if it was noted."""
@@ -262,7 +265,7 @@ class Attached(Visitor):
                 "attach: the loop is over, and the attached optimizer has made no step; attach the very optimizer that "
                 "the loop steps, and see that the loop gets batches."
             )
-        if self._ahead is not None:  # a batch was drawn for a step that is not made
+        if self._begun is not None:  # a batch was drawn for a step that is not made
             self._meet()
         self._between_t, self._made_last = -1, True
         self.between_steps(ends=True)

@@ -44,6 +44,18 @@ class Proposal:
     t: int
     naming: Naming
 
+    @property
+    def dtype(self) -> str:
+        """The half precision of some of the parameters, or float32."""
+        return next((one for one in self.dtypes if one != "float32"), "float32")
+
+    @property
+    def own_vectors(self) -> tuple[str, ...]:
+        """Names of the vectors of n floats at each worker, beside the model's own gradients and optimizers. `halves`
+        are parameters of 2 bytes, and gradients of 4 while an optimizer steps, reckoned as one."""
+        halves = () if self.dtype == "float32" else ("halves",)
+        return ("x", *halves, *self.rule.over_local, *self.rule.over_scratch)
+
 
 @dataclass(frozen=True)
 class Attachment:

@@ -110,10 +110,12 @@ class Center:
       in place of a worker that is gone.
     - visited[b]: "some worker has visited block b in round visited[b] - 1, which is to be closed"; written by the
       worker that holds the block.
-    - updates[b]: how many of them were made and not passed; written by the worker that holds the block.
+    - updates[b]: how many of block b's exchanges were made and not passed; written by the worker that holds the block.
+    - updates_snapshot[b]: updates[b] as it was at the latest snapshot; whoever writes the snapshot.
     - read[i]: "worker i has read the center in read[i] rounds"; worker i, or the launcher when it is gone.
     - abort, pause, stop, leave, save, taken, grant: the launcher. An odd pause asks every worker to hold.
-    - clock, earliest_stop, held_ns, held, waiting_for, request, done: worker i writes its own.
+    - clock, earliest_stop, held_ns, held, waiting_for, request, done: worker i its own; of one that is gone the
+      launcher clears earliest_stop, held and waiting_for.
     """
 
     turn: Words

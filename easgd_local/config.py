@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from easgd_local.center import BLOCK_BYTES
 from easgd_local.faults import Fault
 from easgd_local.learning_rate import LearningRate
 from easgd_local.rules import rule_class
@@ -34,7 +35,7 @@ class Config:
     """What to train, on what, by which rule, with how many workers.
 
     Steps, epochs and periods count in each worker's own clock: one step is one minibatch of one worker.
-    Raises `ValueError` for values that cannot work; what depends on the data is checked by `run.prepare`.
+    Raises `ValueError` for values that cannot work; what depends on the data is checked by `train`.
     """
 
     rule: Rule = field(metadata={"help": "the algorithm"})
@@ -93,7 +94,7 @@ class Config:
         "average",
         "BatchNorm statistics of the center: exchanged like parameters, or computed anew on training samples",
     )
-    block_bytes: int = flag(4 << 20, "size of the center's blocks in bytes; small models have smaller ones")
+    block_bytes: int = flag(BLOCK_BYTES, "size of the center's blocks in bytes; small models have smaller ones")
     threads: int | None = flag(None, "threads of each worker; default cores / workers, 1 for small models")
     eval_every: int | None = flag(
         None, "steps between evaluations of the center; 0 only at the start and the end; default steps / 10"
@@ -179,11 +180,9 @@ class Config:
     def from_json(cls, values: dict[str, Any]) -> Config:
         """The configuration that `to_json` described; `ValueError` if it does not describe one."""
         rule = dict(values["rule"])
-        made = {
-            "rule": rule_class(rule.pop("name"))(**rule),
-            "faults": tuple(Fault(**fault) for fault in values.get("faults", [])),
-        }
+        kind = rule_class(rule.pop("name"))
         try:
+            made = {"rule": kind(**rule), "faults": tuple(Fault(**fault) for fault in values.get("faults", []))}
             return cls(**(values | made))
         except TypeError as error:
             raise ValueError(

@@ -97,12 +97,12 @@ class OnCpu(MainMemory):
 
     def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Close | None) -> Turns:
         center, rank = self._center, self._rank
-        if order == "free":  # without common rounds a worker holds at its boundary
-            return FreeTurns(center, rank, lambda: None)
+        if order == "free":
+            return FreeTurns(center, rank, hold)
         if order == "none":
-            return NoTurns(center, rank, lambda: None)
+            return NoTurns(center, rank, hold)
         rounds = {"strict": StrictTurns, "together": TogetherTurns}[order]
-        return rounds(center, rank, self._calendar, hold, first_round, close or _no_close)
+        return rounds(center, rank, self._calendar, hold, first_round, close)
 
     def step_made(self) -> None: ...
 
@@ -116,14 +116,17 @@ class OnCpu(MainMemory):
 class OnGpu:
     """Memory and streams of a device; turns are waited for by the device. Rules' vectors are `DeviceVector`s.
 
-    torch computes on the same device, on the stream that is current when this is made, or, where the driver is one
-    that only pretends, on the processor, in the memory that is taken for the device's.
+    torch computes on the same device, on a stream of its own or, for a loop that has taken its seat (`seated`), on the
+    one that is current when this is made; or, where the driver is one that only pretends, on the processor, in the
+    memory that is taken for the device's.
     """
 
-    def __init__(self, center: Center, rank: int, calendar: Calendar, graphics: Graphics) -> None:
+    def __init__(
+        self, center: Center, rank: int, calendar: Calendar, graphics: Graphics, *, seated: bool = False
+    ) -> None:
         self._pretended, number = graphics.pretended, graphics.device_of(rank)
         self.device, handle = torch.device("cpu") if graphics.pretended else torch.device("cuda", number), 0
-        if not graphics.pretended and torch.cuda.is_initialized():  # by a loop that has taken its seat
+        if seated and not graphics.pretended:
             handle = torch.cuda.current_stream(self.device).cuda_stream or LEGACY
         set_environment()
         self._torch_stream: torch.cuda.Stream | None = None
@@ -164,8 +167,6 @@ class OnGpu:
 
     def turns(self, order: str, hold: Callable[[], None], first_round: int, close: Close | None) -> Turns:
         kind = ORDERS[order]
-        if order in ("free", "none"):  # without common rounds a worker holds at its boundary
-            hold = _no_hold
         self._turns: StreamTurns = kind(self._link, self._rank, self._calendar, self._words, hold, first_round, close)
         return self._turns
 
@@ -186,12 +187,10 @@ class OnGpu:
         self.gpu.__exit__(None, None, None)
 
 
-def _no_hold() -> None: ...
-
-
-def _no_close(b: slice) -> None: ...
-
-
-def place_of(center: Center, rank: int, calendar: Calendar, graphics: Graphics | None) -> Place:
-    """The worker's place: on its GPU, or on the CPU without `graphics`."""
-    return OnCpu(center, rank, calendar) if graphics is None else OnGpu(center, rank, calendar, graphics)
+def place_of(
+    center: Center, rank: int, calendar: Calendar, graphics: Graphics | None, *, seated: bool = False
+) -> Place:
+    """The worker's place: on its GPU, where a loop may have its seat already, or on the CPU without `graphics`."""
+    if graphics is None:
+        return OnCpu(center, rank, calendar)
+    return OnGpu(center, rank, calendar, graphics, seated=seated)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from easgd_local import hardware
-from easgd_local.backend.driver import Attribute, Device, Driver, DriverError
+from easgd_local.backend.driver import Attribute, Device, Driver, DriverError, dotted
 from easgd_local.center import Center, Layout
 from easgd_local.devices import OnGpu
 from easgd_local.flat import Flat
@@ -73,7 +72,7 @@ def graphics() -> Iterator[Finding]:
     except DriverError as error:
         yield Finding("GPU driver", "none that can be used", str(error))
     else:
-        yield Finding("GPU driver", f"for CUDA {driver.version // 1000}.{driver.version % 1000 // 10}")
+        yield Finding("GPU driver", f"for CUDA {dotted(driver.version)}")
         for number in range(driver.devices):
             yield from gpu(Device(driver, number))
     found = [name for name in ("cupy-cuda12x", "cupy-cuda13x") if name in hardware.versions()]
@@ -86,7 +85,7 @@ def graphics() -> Iterator[Finding]:
 
         built = torch.version.cuda
         yield Finding("torch", f"{torch.__version__}, {f'built for CUDA {built}' if built else 'built without CUDA'}")
-    mps = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists()
+    mps = hardware.mps_is_active()
     yield Finding("MPS", "active" if mps else "not active", "not tried with easgd_local" if mps else "")
 
 
@@ -178,7 +177,7 @@ def exchange_on_gpu(
     sampler = datasets.shard(0, 0, workers, batch_size, len(dataset.train))
     with Center.create(Layout(1, n)) as center:
         place = OnGpu(center, 0, Calendar(1, 1), found)
-        turns = place.turns("strict", lambda: None, 0, lambda block: None)
+        turns = place.turns("strict", lambda: None, 0, None)
         gradient = Gradient(net, dataset, sampler, rank=0, weight_decay=1e-4, computing=computing, memory=place)
         x, d = place.vector(n), place.vector(n)
         place.load(x, gradient.flat.values())

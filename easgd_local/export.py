@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from easgd_local.centers import FILE, load_center
 from easgd_local.config import Config
 from easgd_local.flat import Flat
 from easgd_local.runfolder import Pictures, saved_config, saved_pictures, saved_values
+from easgd_local.whole_file import whole_file
 from easgd_local.wording import count_text
 
 SUFFIXES = (".pt", ".safetensors", ".pt2")
@@ -153,14 +153,11 @@ def _content(suffix: str, state: Mapping[str, Tensor], network: _Network | None)
 
 def _write(file: Path, content: bytes) -> None:
     """The whole file, or none."""
-    fresh = file.with_name(f".{os.getpid()}.partial")
     try:
-        fresh.write_bytes(content)
-        os.replace(fresh, file)
+        with whole_file(file) as part:
+            part.write_bytes(content)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _how_to_load(file: Path) -> str:

@@ -141,9 +141,9 @@ class Flat:
         return found
 
     @property
-    def trained(self) -> list[Entry]:
-        """The trainable parameters, in the model's order."""
-        return [entry for entry in self.entries if entry.start < self.trainable]
+    def layers(self) -> list[slice]:
+        """The coordinates of each trainable parameter tensor, in the model's order."""
+        return [slice(entry.start, entry.stop) for entry in self.entries if entry.start < self.trainable]
 
     def values(self) -> NDArray[np.float32]:
         """A copy of the model's present values as a vector of n floats."""

@@ -17,7 +17,7 @@ class FreeTurns(Waiting):
     """
 
     def __init__(self, center: Center, rank: int, hold: Callable[[], None]) -> None:
-        super().__init__(center, rank, lambda: None)  # grants go on during a pause: the worker holds at its boundary
+        super().__init__(center, rank, hold)
         self.round = self.take_over(center, rank)
         self._walk = walk(rank, self.workers, self.blocks)
 

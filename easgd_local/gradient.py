@@ -52,7 +52,7 @@ class Gradient:
     @property
     def layers(self) -> list[slice]:
         """The coordinates of each trainable parameter tensor, in the model's order."""
-        return [slice(entry.start, entry.stop) for entry in self.flat.trained]
+        return self.flat.layers
 
     def __call__(self, ops: Any, t: int, at: Any, only: slice | None = None) -> Any:
         """g at the point `at`, on the minibatch of clock t; also refreshes `loss` and the buffers in `at`.

@@ -6,17 +6,15 @@ Found out once, so that all workers do the same, and before training starts, so 
 from __future__ import annotations
 
 import mmap
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from ctypes import c_uint64
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from easgd_local import kernels
+from easgd_local import hardware, kernels
 from easgd_local.backend.cuda import Gpu, compiled
-from easgd_local.backend.driver import Attribute, Device, Driver, DriverError
+from easgd_local.backend.driver import Attribute, Device, Driver, DriverError, dotted
 from easgd_local.backend.resources import Stream
 from easgd_local.stream_words import WAYS
 
@@ -25,7 +23,7 @@ Images = Mapping[str, bytes]  # the machine code of each file of kernels
 
 SMALL_BYTES = 1 << 20  # of c: below it blocks are not worth carrying. Not measured on a GPU yet.
 CONTEXT_BYTES = 600 << 20  # what a process takes of a GPU beside its vectors and activations: an estimate
-TRIAL_S, EARLY_S = 1.0, 5e-3
+TRIAL_S, EARLY_S = 5.0, 5e-3
 TRIAL_VALUE = 2**40 + 1
 PAGE = 4096
 ORDER = tuple(WAYS)  # from the best to the last resort
@@ -125,7 +123,7 @@ def look(known: Mapping[Capability, Images] | None = None) -> Graphics:
         images=images,
         words=max((way for way, _ in ways), key=ORDER.index),
         coherent=all(device.attribute(Attribute.HOST_PAGE_TABLES) == 1 for device in devices),
-        mps=Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists(),
+        mps=hardware.mps_is_active(),
         pretended=driver.pretended,
     )
 
@@ -138,7 +136,7 @@ def _check_torch(driver: Driver) -> None:
     built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
     raise ValueError(
         f"device=cuda: torch {torch.__version__} {built} and finds no GPU that it can use, while the driver supports "
-        f"CUDA {driver.version // 1000}.{driver.version % 1000 // 10}; install a torch built for CUDA of at most that."
+        f"CUDA {dotted(driver.version)}; install a torch built for CUDA of at most that."
     )
 
 

@@ -46,6 +46,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def mps_is_active() -> bool:
+    """Whether NVIDIA's Multi-Process Service runs, as far as its folder tells."""
+    return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists()
+
+
 def gpus() -> list[str]:
     """Names of the NVIDIA GPUs, asked of the driver's own tool so that no CUDA context is made; [] without a driver."""
     try:

@@ -193,8 +193,7 @@ def prepare(
     found = None if resume is None else checkpoint.newest(resume)
     proposal = gather(launcher, children)[0]
     agreed, plan = Agreed(config, _terms(proposal)), _plan(config, proposal, folder)
-    halved = _dtype(proposal) != "float32"  # numbers of 2 bytes, and gradients of 4 while an optimizer steps
-    own_vectors = 1 + halved + len(plan.rule.over_local) + len(plan.rule.over_scratch)
+    own_vectors = len(proposal.own_vectors)
     plan = replace(plan, graphics=exchanging(graphics, config.exchange, plan, own_vectors))
     if found is not None:
         _check_same(found[1].config, agreed.to_json(), folder)
@@ -202,15 +201,16 @@ def prepare(
     check_room(plan, 0 if graphics else own_vectors)
     warnings = [*said, *plan.rule.warnings(config.workers, turns=plan.turns)]
     with Center.create(plan.layout) as center:
-        filler, t, seconds = 0, proposal.t, 0.0
+        t, seconds = proposal.t, 0.0
         starts = {rank: Start(t) for rank in range(config.workers)}
         if found is not None:
             path, manifest = found
-            filler, t, seconds = -1, manifest.t, manifest.seconds
+            t, seconds = manifest.t, manifest.seconds
             starts = restore(center, plan, manifest, path, warnings)
         set_turns(center, plan.calendar.rounds_before(t))
-        if filler >= 0:
-            fill(launcher, children[filler], center, plan, starts[filler])
+        filler = children[0] if found is None else None  # a restored center has its values
+        if filler is not None:
+            fill(launcher, filler, center, plan, starts[0])
         write_config(folder, agreed.to_json(), _effective(plan))
         yield Gathered(
             agreed, plan, center, proposal, starts, t, seconds, warnings, children, filler, start_again
@@ -243,13 +243,8 @@ def view_of(wanted: bool) -> Screen | Lines | None:
 def _terms(proposal: Proposal) -> dict[str, Any]:
     """What the workers agreed on, for config.json."""
     names = ("turns", "buffers", "optimizer_state", "evaluate_every", "block_bytes", "model")
-    terms = {n: getattr(proposal, n) for n in names} | {"dtype": _dtype(proposal)}
+    terms = {n: getattr(proposal, n) for n in names} | {"dtype": proposal.dtype}
     return {"rule": {"name": proposal.rule.name} | asdict(proposal.rule)} | terms
-
-
-def _dtype(proposal: Proposal) -> str:
-    """The half precision of some of the parameters, or float32."""
-    return next((one for one in proposal.dtypes if one != "float32"), "float32")
 
 
 def _plan(config: LaunchConfig, proposal: Proposal, folder: Path) -> Plan:

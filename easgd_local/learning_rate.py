@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SHAPES = ("constant", "step", "cosine", "sqrt")
-
 
 @dataclass(frozen=True)
 class LearningRate:
@@ -39,4 +37,5 @@ class LearningRate:
                 return (1 + math.cos(math.pi * t / self.steps)) / 2
             case "sqrt":
                 return float(1 / math.sqrt(t + 1))
+        assert self.shape == "constant", self.shape
         return 1.0

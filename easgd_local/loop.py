@@ -29,7 +29,7 @@ from easgd_local.batches import Batches, Loader, Positions
 from easgd_local.center import BLOCK_BYTES, Center
 from easgd_local.centers import CenterState
 from easgd_local.child import Refusal
-from easgd_local.data.sampling import independent, shard
+from easgd_local.data.sampling import SAMPLINGS
 from easgd_local.flat import Flat
 from easgd_local.randomness import seed_of
 from easgd_local.rules.base import Rule
@@ -181,11 +181,10 @@ class LoopWorker:
         `for epoch in range(sampler.epoch, epochs)`. A DataLoader with worker processes reads ahead, which a sampler
         cannot see: then use `loader`. Raises `ValueError` where a batch is larger than the share of a worker.
         """
-        choices = {"shard": shard, "independent": independent}
-        if sampling not in choices:
-            raise Refusal(f"sampling={sampling}: must be one of {', '.join(choices)}; choose one of them.")
+        if sampling not in SAMPLINGS:
+            raise Refusal(f"sampling={sampling}: must be one of {', '.join(SAMPLINGS)}; choose one of them.")
         with refusing():
-            order = choices[sampling](self._seed, self.rank, self.workers, batch_size, len(dataset))
+            order = SAMPLINGS[sampling](self._seed, self.rank, self.workers, batch_size, len(dataset))
         batches = Batches(order, self._next_batch)
         self._positions.add(batches)
         return batches

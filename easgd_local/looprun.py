@@ -33,7 +33,7 @@ class Gathered:
     seconds: float
     warnings: list[str]
     workers: list[Child]
-    filler: int | None
+    filler: Child | None
     start_again: Callable[[int], Child]
 
     @property
@@ -51,7 +51,7 @@ class Gathered:
     @property
     def own_vectors(self) -> tuple[str, ...]:
         """Names of the vectors of n floats at each worker."""
-        return ("x", *self.plan.rule.over_local, *self.plan.rule.over_scratch)
+        return self.proposal.own_vectors
 
 
 class LoopRun(Run):
@@ -82,7 +82,7 @@ class LoopRun(Run):
             self._workers[rank] = self._prepared.start_again(rank)  # it is answered when it attaches
             return
         self._workers[rank] = self._prepared.workers[rank]
-        if rank != self._prepared.filler:
+        if self._workers[rank] is not self._prepared.filler:
             admit(self._workers[rank], self._center, self._plan, start)
 
     # What workers say

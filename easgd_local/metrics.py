@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from easgd_local.whole_file import whole_file
+
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 NAME = "metrics.jsonl"
@@ -109,9 +111,8 @@ def _lines(path: Path) -> list[tuple[bytes, Event]]:
 
 
 def _trim(path: Path, last_t: float) -> None:
-    """Drops the torn last line and the events beyond `last_t`, by a rename: a kill leaves the old log or the new."""
+    """Drops the torn last line and the events beyond `last_t`, as a whole: a kill leaves the old log or the new."""
     kept = b"".join(line + b"\n" for line, event in _lines(path) if (event.get("t") or 0) <= last_t)
     if kept != path.read_bytes():
-        fresh = path.with_suffix(".trimmed")
-        fresh.write_bytes(kept)
-        os.replace(fresh, path)
+        with whole_file(path) as part:
+            part.write_bytes(kept)

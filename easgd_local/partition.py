@@ -37,6 +37,12 @@ def partition(sizes: Sequence[int], parts: int) -> list[range]:
     return [range(start, stop) for start, stop in zip(edges[:0:-1], edges[-2::-1], strict=True)]
 
 
+def share_out(layers: Sequence[slice], workers: int) -> list[slice]:
+    """The coordinates that each worker owns of a model with these layers; `ValueError` when there are fewer layers."""
+    parts = partition([layer.stop - layer.start for layer in layers], workers)
+    return [slice(layers[part[0]].start, layers[part[-1]].stop) for part in parts]
+
+
 def overlap(one: slice, other: slice) -> slice:
     """The coordinates that lie in both; an empty slice if there are none."""
     start = max(one.start, other.start)

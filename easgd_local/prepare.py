@@ -23,7 +23,7 @@ from easgd_local.flat import Flat
 from easgd_local.gpus import chosen, exchanging
 from easgd_local.graphics import Graphics, effective
 from easgd_local.outset import check_room, copy_center, restore, set_turns, shared_names
-from easgd_local.partition import partition
+from easgd_local.partition import share_out
 from easgd_local.rules.elastic import Elastic
 from easgd_local.runfolder import claim, lock, saved_config, write_config
 from easgd_local.schedules import Calendar
@@ -39,7 +39,7 @@ SHARE_FOR_PICTURES = 0.25  # of a GPU's free memory
 class Prepared:
     """A run that is ready to start. A context manager that frees the shared memory.
 
-    `clocks` are those of the workers that a resumed run takes up from; a rank that is absent starts from the center.
+    `starts` says by rank where each worker takes up.
     """
 
     config: Config
@@ -69,8 +69,7 @@ class Prepared:
     @property
     def own_vectors(self) -> tuple[str, ...]:
         """Names of the vectors of n floats at each worker."""
-        halves = ("halves",) if _halved(self.plan) else ()
-        return ("x", "g", *halves, *self.plan.rule.local, *self.plan.rule.scratch)
+        return own_vectors(self.plan)
 
     @property
     def fds(self) -> list[int]:
@@ -108,13 +107,13 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
         plan.sampler(0, len(dataset.train))  # says so when there are too few samples
         flat = Flat(_model(plan))
         if plan.rule.divides:
-            partition([entry.stop - entry.start for entry in flat.trained], plan.layout.workers)  # says if too few
+            share_out(flat.layers, plan.layout.workers)  # says if there are too few
         threads = thread_count(config, flat.model, plan.shape)
         plan = replace(plan, layout=replace(plan.layout, n=flat.n), threads=threads)
-        plan = replace(plan, graphics=exchanging(plan.graphics, config.exchange, plan, _own_vectors(plan)))
+        plan = replace(plan, graphics=exchanging(plan.graphics, config.exchange, plan, _needed_vectors(plan)))
         curvature = _curvature(plan, flat.model, dataset)
         warnings = _rule_warnings(config, curvature) + warnings
-        check_room(plan, 0 if graphics else _own_vectors(plan))
+        check_room(plan, 0 if graphics else _needed_vectors(plan))
         center = undo.enter_context(Center.create(plan.layout))
         data_fd, description = data.to_memfd(dataset)
         if data_fd is not None:
@@ -204,15 +203,16 @@ def _fits_on_device(dataset: Dataset, graphics: Graphics | None, workers: int) -
     return sharers * dataset.train.images.nbytes <= SHARE_FOR_PICTURES * min(graphics.free_bytes)
 
 
-def _own_vectors(plan: TrainingPlan) -> int:
-    """How many vectors of n floats each worker has: x, g and what the rule declares; torch's optimizers pass by."""
-    passing = 3 if plan.rule.optimizer and plan.graphics else 0
-    return len(plan.rule.local) + len(plan.rule.scratch) + 2 + _halved(plan) + passing
+def own_vectors(plan: TrainingPlan) -> tuple[str, ...]:
+    """Names of the vectors of n floats at each worker: x, g and what the rule declares. `halves` are parameters and
+    gradients of 2 bytes each, as much together as one of floats."""
+    halves = () if plan.computing.parameter_type == torch.float32 else ("halves",)
+    return ("x", "g", *halves, *plan.rule.local, *plan.rule.scratch)
 
 
-def _halved(plan: TrainingPlan) -> bool:
-    """Whether there are parameters and gradients of 2 bytes each besides, as much together as one vector of floats."""
-    return plan.computing.parameter_type != torch.float32
+def _needed_vectors(plan: TrainingPlan) -> int:
+    """How many vectors of n floats each worker needs room for: its own, and what torch's optimizers use in passing."""
+    return len(own_vectors(plan)) + (3 if plan.rule.optimizer and plan.graphics else 0)
 
 
 def _plan(config: Config, dataset: Dataset, graphics: Graphics | None) -> tuple[TrainingPlan, list[str]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 
-from easgd_local.backend.cpu import CpuOps
+from easgd_local.backend.cpu import CpuOps, Vector
 from easgd_local.center import Center
 from easgd_local.free_turns import Arbiter
 from easgd_local.rules.base import Rule
@@ -13,6 +13,16 @@ from easgd_local.schedules import Calendar
 from easgd_local.turns import by_rank, owner, pass_turns
 
 NEVER = 2**62  # a turn number and a round that nobody reaches
+
+
+class Desk:
+    """What a rule may touch when the launcher ends a round: the center's vectors, by their letters."""
+
+    def __init__(self, center: Center) -> None:
+        self.workers, self.ops, self._vectors = center.layout.workers, CpuOps(), center.vectors
+
+    def __getattr__(self, name: str) -> Vector:
+        return self._vectors[name]
 
 
 class Referee(threading.Thread):
@@ -27,7 +37,7 @@ class Referee(threading.Thread):
         super().__init__(name="easgd-referee", daemon=True)
         self._center, self._calendar, self._rule, self._order = center, calendar, rule, order
         self._owner = by_rank if order == "together" else owner
-        self._desk = SimpleNamespace(ops=CpuOps(), workers=center.layout.workers, **center.vectors)
+        self._desk = Desk(center)
         self._arbiter = Arbiter(center)
         self._gone: dict[int, int] = {}
         self._lock, self._ends = threading.Lock(), threading.Event()
@@ -90,7 +100,7 @@ class Referee(threading.Thread):
                 if snapshot and earlier is not None and center.taken[0] <= earlier:
                     continue  # the earlier snapshot is still being read: next time
                 if center.visited[b] == round + 1:  # a round to which nobody came has nothing to close
-                    self._rule.close(self._desk, center.layout.block(b))  # type: ignore[arg-type]
+                    self._rule.close(self._desk, center.layout.block(b))
                 if snapshot:
                     center.take_snapshot(b)
             center.turn[b] = s + 1

@@ -23,6 +23,7 @@ from easgd_local.referee import NEVER, Referee
 from easgd_local.signals import signals
 from easgd_local.summary import Clock, Ready, Tally, is_finite, summarize
 from easgd_local.visitor import Start
+from easgd_local.whole_file import whole_file
 
 IDLE_S, BUSY_S = 0.02, 0.002
 
@@ -214,8 +215,10 @@ class Run:
         self._chronicle.event("end", t=summary["steps"], status=summary["status"])
         state = self.center_state()
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        (self._folder / "center.safetensors").write_bytes(safetensors.torch.save(tensors))
-        (self._folder / "summary.json").write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
+        with whole_file(self._folder / "center.safetensors") as part:
+            part.write_bytes(safetensors.torch.save(tensors))
+        with whole_file(self._folder / "summary.json") as part:
+            part.write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
         report.write(self._folder)
         return summary | {"folder": str(self._folder)}
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from easgd_local import hardware
 from easgd_local.config import Config
+from easgd_local.whole_file import whole_file
 
 T = TypeVar("T")
 
@@ -71,13 +72,10 @@ def write_config(folder: Path, config: dict[str, Any], effective: dict[str, Any]
         "versions": hardware.versions(),
         "hardware": hardware.describe(),
     }
-    fresh = folder / ".config.json"
     try:
-        fresh.write_text(json.dumps(text, indent=1) + "\n")
-        fresh.replace(folder / "config.json")
+        with whole_file(folder / "config.json") as part:
+            part.write_text(json.dumps(text, indent=1) + "\n")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
         raise ValueError(
             f"{folder}: cannot be written to ({error.strerror}); make room, or choose a place that you may write to."
         ) from error

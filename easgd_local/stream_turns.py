@@ -12,8 +12,6 @@ the rest, would need four more for events. In place there is one lane and no sta
 itself, through the link.
 
 The host follows at a distance: it never enqueues more than two exchanges, or steps, beyond those that are done.
-
-None of this has run on a real GPU yet: tests run it against a pretended driver.
 """
 
 from __future__ import annotations

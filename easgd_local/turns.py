@@ -175,7 +175,7 @@ class _Rounds(Waiting):
 
     def __init__(
         self, center: Center, rank: int, calendar: Calendar, hold: Callable[[], None], first_round: int,
-        close: Callable[[slice], None] = lambda block: None,
+        close: Callable[[slice], None] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(center, rank, hold)
         self.round, self._calendar, self._close = first_round, calendar, close
@@ -216,7 +216,8 @@ class _Rounds(Waiting):
         if place == self.workers - 1:
             # 1. We close the block, 2. we die, 3. the launcher passes our turn and must not close it again.
             self.center.visited[b] = 0
-            self._close(block)
+            if self._close is not None:
+                self._close(block)
             if snapshot:
                 self._write_snapshot(b)
         turn[b] = s + 1

@@ -77,7 +77,8 @@ class Visitor:
         self._vectors |= {name: shared[f"{name}{rank}"] for name in self._rule.allotted}
         first_round = plan.calendar.rounds_before(t if run_t is None else run_t)
         close = (lambda b: self._rule.close(self, b)) if self._rule.closes else None
-        self._turns = self._place.turns(plan.turns, self._hold_in_wait, first_round, close)
+        hold = self._hold_in_wait if plan.in_rounds else _go_on  # else a worker holds between two steps only
+        self._turns = self._place.turns(plan.turns, hold, first_round, close)
         self._respondent = Respondent(center, rank) if plan.graphics and plan.in_rounds else None
         if self._respondent:
             self._respondent.start()
@@ -349,3 +350,6 @@ class Start:
     joins: bool = False
     run_t: int | None = None
     drawn: int | None = None  # how many batches a worker had drawn that there was in its place
+
+
+def _go_on() -> None: ...

@@ -22,7 +22,7 @@ from easgd_local.gradient import Gradient
 from easgd_local.learning_rate import LearningRate
 from easgd_local.loss_scale import STATE as LOSS_SCALE
 from easgd_local.optimizers import STEPS, Optimizer
-from easgd_local.partition import partition
+from easgd_local.partition import share_out
 from easgd_local.turns import Aborted
 from easgd_local.visitor import Plan, Start, Stopped, Visitor
 
@@ -60,8 +60,7 @@ class TrainingPlan(Plan):
 
     def sampler(self, rank: int, samples: int) -> data.Sampler:
         """The order of samples of worker `rank`."""
-        order = data.shard if self.sampling == "shard" else data.independent
-        return order(self.seed, rank, self.layout.workers, self.batch_size, samples)
+        return data.SAMPLINGS[self.sampling](self.seed, rank, self.layout.workers, self.batch_size, samples)
 
 
 class Worker(Visitor):
@@ -104,9 +103,7 @@ class Worker(Visitor):
     @cached_property
     def own(self) -> slice:
         """The coordinates of the layers that this worker owns."""
-        layers = self._gradient.layers
-        mine = partition([layer.stop - layer.start for layer in layers], self.workers)[self.rank]
-        return slice(layers[mine[0]].start, layers[mine[-1]].stop)
+        return share_out(self._gradient.layers, self.workers)[self.rank]
 
     def grad(self, at: Vector | None = None, only: slice | None = None) -> Vector:
         """g at `at` (default x) on the minibatch of clock t, or some coordinates of it. Read-only; valid until the next

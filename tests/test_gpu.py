@@ -20,7 +20,8 @@ import torch
 import easgd_local as easgd
 from easgd_local import data, doctor
 from easgd_local.backend.cpu import CpuOps
-from easgd_local.backend.cuda import OPERATIONS, CudaOps, Gpu, Transfer
+from easgd_local.backend.cuda import CudaOps, Gpu, Transfer
+from easgd_local.backend.operations import OPERATIONS
 from easgd_local.compare import rival_run
 from easgd_local.compare.rivals import DDP, PostLocalSGD
 from easgd_local.config import Config

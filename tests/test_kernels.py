@@ -14,6 +14,7 @@ import pytest
 
 from easgd_local import kernels
 from easgd_local.backend.cpu import CpuOps
+from easgd_local.backend.operations import OPERATIONS
 
 FOLDER = Path(kernels.__file__).parent
 WORDS = "turns"  # the file of kernels that wait for words and write them, and are no operations on vectors
@@ -92,6 +93,18 @@ def test_a_kernel_takes_vectors_then_scalars_then_n_in_the_order_of_the_operatio
         *KERNELS[name].vectors(), *KERNELS[name].scalars(), "n", *["nonfinite"] * KERNELS[name].is_guarded()
     ]  # fmt: skip
     assert KERNELS[name].is_guarded() == ("Guarded:" in getattr(CpuOps, name).__doc__)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_list_of_operations_says_what_a_kernel_does_with_its_arguments(name):
+    """By the uses in its source, which the compiler holds it to."""
+    letters = {"Read": "r", "Written": "w", "Updated": "u", "Seldom": "s"}
+    kernel, listed = KERNELS[name], OPERATIONS[name]
+    uses = dict(reversed(use) for use in re.findall(r"\b([A-Z][a-z]+)\{(\w+)\}", kernel.body))
+    assert listed.optional == ("Optional" in uses.values())
+    required = [vector for vector in kernel.vectors() if uses[vector] != "Optional"]
+    assert listed.roles == "".join(letters[uses[vector]] for vector in required)
+    assert (listed.scalars, listed.guarded) == (len(kernel.scalars()), kernel.is_guarded())
 
 
 @pytest.mark.parametrize("name", GUARDED)

@@ -64,7 +64,8 @@ LAYERS = (
     ("flat",),
     ("halves",),
     ("backend.*",),
-    ("argument_types", "signals"),
+    ("figure_folder",),
+    ("argument_types", "signals", "whole_file"),
     ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition", "randomness"),
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from greenlet import getcurrent
 
-from easgd_local.backend.cpu import CpuOps
 from easgd_local.rules import RULES
 from easgd_local.rules.base import Rule
 from easgd_local.rules.downpour import Downpour
@@ -27,7 +25,7 @@ from easgd_local.simulate.machine import Limits, Machine
 from easgd_local.simulate.orders import Block, Free, Grid
 from easgd_local.simulate.problems import make_problem
 from easgd_local.simulate.simulation import Outcome, Scenario, simulate
-from easgd_local.simulate.traffic import ACCESS, traffic
+from easgd_local.simulate.traffic import traffic
 
 AT_ONCE = {"link_gb_per_s": math.inf, "memory_gb_per_s": math.inf, "latency_s": 0.0}  # exchanges take no time
 
@@ -179,16 +177,6 @@ def test_traffic_is_what_the_readme_says(name: str) -> None:
 def test_a_divided_model_is_read_by_all_and_written_in_parts() -> None:
     assert traffic(PASSM(), 4).floats == 1 + 1 / 4
     assert traffic(PASSMPlus(), 4).floats == 2  # as in full steps
-
-
-def test_every_operation_has_its_access() -> None:
-    def vectors(operation: str) -> int:
-        parameters = inspect.signature(getattr(CpuOps, operation)).parameters.values()
-        return sum(one.annotation == "Vector" for one in parameters)
-
-    public = {name for name, _ in inspect.getmembers(CpuOps, inspect.isfunction) if not name.startswith("_")}
-    assert public - {"add_decay"} == set(ACCESS)  # which belongs to the gradient
-    assert {name: len(access) for name, access in ACCESS.items()} == {name: vectors(name) for name in ACCESS}
 
 
 def test_only_exchanges_that_leave_x_alone_can_hide() -> None:

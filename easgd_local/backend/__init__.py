@@ -1,1 +1,1 @@
-"""The list of operations that rules are written in; `cpu` defines them, one line each."""
+"""The operations that rules are written in: `operations` lists them, `cpu` defines them, `cuda` launches kernels."""

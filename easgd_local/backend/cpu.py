@@ -2,7 +2,7 @@
 
 Every arithmetic operation rounds once to float32 (no fused multiply-add), in the order the formula shows, so that
 another backend can agree bit for bit. Vectors are worked through in pieces that stay in the cache. What is written
-comes first in the arguments, except in `pull`, which follows the paper: x meets c.
+comes first in the arguments, except in the pulls, which follow the paper: x meets c.
 """
 
 from __future__ import annotations

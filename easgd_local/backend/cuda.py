@@ -3,8 +3,6 @@
 `backend/cpu.py` is their definition; these agree with it to the bit. Vectors are addresses on the device. Operations go
 to the training stream, or, during an exchange, to the stream of the exchange; what the two must not do at the same time
 is put in order by events, and only where an operation really touches what the exchange still has in hand.
-
-None of this has run on a real GPU yet: tests run it against a pretended driver.
 """
 
 from __future__ import annotations
@@ -15,8 +13,7 @@ import struct
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from ctypes import c_float, c_uint64
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -25,9 +22,11 @@ from numpy.typing import NDArray
 
 from easgd_local import kernels
 from easgd_local.backend.driver import Device, Driver, DriverError
+from easgd_local.backend.operations import OPERATIONS, Operation
 from easgd_local.backend.resources import Context, DeviceMemory, Event, Function, HostMemory, Launch, Module, Stream
 
-THREADS, MOST_BLOCKS = 256, 1024  # of a launch; the loops are grid-stride
+THREADS = 256
+MOST_BLOCKS = 1 << 16  # of a launch: beyond what a thread does once, its loop is grid-stride. Not measured yet
 LINK_BLOCKS = 64  # of a launch that the link bounds, and that must not fill the device: a guess, not measured
 PAGE = 4096
 FERRY_BYTES = 4 << 20  # of the pinned memory through which numpy's vectors reach the device
@@ -168,59 +167,6 @@ class Gpu:
         self._stack.close()
 
 
-@dataclass(frozen=True)
-class Operation:
-    """How a kernel uses its vectors, in order: r reads, w writes, s writes seldom (where another one is not finite, so
-    that a reader at the same time is no worse off); `optional`: one more that is read, after the scalars, or absent."""
-
-    roles: str
-    scalars: int = 0
-    optional: bool = False
-    guarded: bool = False
-
-    @cached_property
-    def vectors(self) -> int:
-        """How many it has, without an optional one."""
-        return len(self.roles)
-
-    @cached_property
-    def required(self) -> int:
-        """How many arguments it has, without an optional one."""
-        return len(self.roles) + self.scalars
-
-    @cached_property
-    def reads(self) -> list[int]:
-        """The numbers of the vectors that it reads, those that it writes seldom among them."""
-        return [number for number, role in enumerate(self.roles) if role != "w"]
-
-    @cached_property
-    def writes(self) -> list[int]:
-        """The numbers of the vectors that it writes."""
-        return [number for number, role in enumerate(self.roles) if role == "w"]
-
-
-OPERATIONS = {
-    "pull": Operation("sww", 1, guarded=True),
-    "pull_center_first": Operation("sww", 1, guarded=True),
-    "pull_worker_first": Operation("wwwr", 2, guarded=True),
-    "difference": Operation("wsr", 1, guarded=True),
-    "push": Operation("www", guarded=True),
-    "nesterov_at_center": Operation("wwwr", 2, guarded=True),
-    "amsgrad": Operation("wwwwwr", 4, guarded=True),
-    "admm": Operation("wwwwr", 3, guarded=True),
-    "heavy_ball": Operation("wwr", 2, guarded=True),
-    "nesterov_ball": Operation("wwr", 2, guarded=True),
-    "average": Operation("wr", 1),
-    "add": Operation("wr"),
-    "subtract": Operation("wr"),
-    "copy": Operation("wr"),
-    "fill": Operation("w", 1),
-    "accumulate": Operation("wwr", 1),
-    "lookahead": Operation("wrr", 1),
-    "add_decay": Operation("wr", 1),
-    "descend": Operation("wr", 1, optional=True),
-    "nesterov": Operation("wwr", 2, optional=True),
-}
 WORD_KERNELS = ("await_word", "store_word", "count_visit", "fill_unless")  # of kernels/turns.cu
 
 

@@ -5,8 +5,7 @@ that is current on the calling thread (`Context.make_current`), and CUDA does no
 and launches are only enqueued: whose memory they touch keeps it until the stream is through, and what fails on the
 device is reported by a later call. Addresses are plain integers.
 
-None of this has run on a real GPU yet: names, types and constants are those of NVIDIA's cuda.h (CUDA 13.0), and the
-tests run it against a driver that only pretends, tests/fakecuda.cpp.
+Names, types and constants are those of NVIDIA's cuda.h (CUDA 13.0).
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ class Driver:
         self.version = self.get("cuDriverGetVersion")
         if self.version < OLDEST:
             raise DriverError(
-                f"{path} supports CUDA {_dotted(self.version)}: the exchange needs at least {_dotted(OLDEST)}; "
+                f"{path} supports CUDA {dotted(self.version)}: the exchange needs at least {dotted(OLDEST)}; "
                 f"update NVIDIA's driver, or train on the CPU."
             )
         self._calls = {name: self._symbol(name) for name in SYMBOLS}
@@ -123,7 +122,7 @@ class Driver:
             function = getattr(self._library, name)
         except AttributeError as error:
             raise DriverError(
-                f"{self.path} lacks {name}: NVIDIA's driver for CUDA {_dotted(OLDEST)} or newer has it; "
+                f"{self.path} lacks {name}: NVIDIA's driver for CUDA {dotted(OLDEST)} or newer has it; "
                 f"install that, or train on the CPU."
             ) from error
         function.argtypes, function.restype = SYMBOLS[name], c_int
@@ -169,21 +168,17 @@ class Driver:
         return (said.value or b"an error unknown to this driver").decode()
 
 
-def _dotted(version: int) -> str:
+def dotted(version: int) -> str:
+    """13.0 for 13000, as the driver counts versions of CUDA."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
 class Attribute(IntEnum):
     """What can be asked of a device: CUdevice_attribute."""
 
-    INTEGRATED = 18  # shares the host's memory
     ASYNC_ENGINES = 40  # how many copies can run beside a kernel
-    UNIFIED_ADDRESSING = 41
     COMPUTE_CAPABILITY_MAJOR = 75
     COMPUTE_CAPABILITY_MINOR = 76
-    HOST_NATIVE_ATOMICS = 86  # the link to the host carries atomic operations
-    PAGEABLE_MEMORY_ACCESS = 88  # reads and writes host memory that is not registered, coherently
-    CAN_FLUSH_REMOTE_WRITES = 98
     HOST_REGISTER = 99  # host memory can be registered
     HOST_PAGE_TABLES = 100  # and that by the host's own page tables: a coherent link such as NVLink-C2C
     MEMOPS_64 = 122  # the `_v2` waits for and writes of 64 bits; 93 is the same of the old interface

@@ -15,7 +15,7 @@ from easgd_local.compare.entries import parse
 from easgd_local.compare.rivals import RIVALS
 from easgd_local.compare.settings import COMMON, POINTS, Comparison, duration
 from easgd_local.compare.tuning import LRS, cost_of, rungs
-from easgd_local.theory.command import whole_file
+from easgd_local.whole_file import whole_file
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -14,7 +14,7 @@ from easgd_local.data import Dataset
 from easgd_local.evaluate import evaluate
 from easgd_local.flat import Flat
 from easgd_local.gpus import find
-from easgd_local.partition import partition
+from easgd_local.partition import share_out
 from easgd_local.prepare import check_gpu_flags, load
 
 
@@ -32,12 +32,11 @@ def look(comparison: Comparison, dataset: Dataset | None = None) -> Dataset:
     torch.manual_seed(config.seed)
     model = models.build(config.model, shape=dataset.input_shape, classes=len(dataset.classes))
     models.check(model, dataset.input_shape)
-    order = data.shard if config.sampling == "shard" else data.independent
-    order(config.seed, 0, comparison.most_workers, config.batch_size, len(dataset.train))  # says when there are too few
+    most, order = comparison.most_workers, data.SAMPLINGS[config.sampling]
+    order(config.seed, 0, most, config.batch_size, len(dataset.train))  # says when there are too few
     for one in comparison.entries:
         if one.rule.divides:
-            lengths = [entry.stop - entry.start for entry in Flat(model).trained]
-            partition(lengths, comparison.workers(one))  # says if too few
+            share_out(Flat(model).layers, comparison.workers(one))  # says if there are too few
     if comparison.budget_s is not None and config.device != "cuda":  # there an evaluation is cheap
         torch.set_num_threads(hardware.cores())
         computing, took_s = Computing(config.precision, config.channels_last), []

@@ -61,8 +61,7 @@ class RivalPlan:
 
     def sampler(self, rank: int, samples: int) -> Sampler:
         """The order of samples of process `rank`."""
-        order = data.shard if self.sampling == "shard" else data.independent
-        return order(self.seed, rank, self.workers, self.batch_size, samples)
+        return data.SAMPLINGS[self.sampling](self.seed, rank, self.workers, self.batch_size, samples)
 
 
 def main(conn: Connection, fds: list[int], rank: int, plan: RivalPlan, description: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from easgd_local.metrics import Metrics
 from easgd_local.prepare import computing, load, thread_count
 from easgd_local.runfolder import claim
 from easgd_local.signals import signals
+from easgd_local.whole_file import whole_file
 
 POLL_S = 0.05
 
@@ -55,7 +56,8 @@ def train(config: Config, dataset: Dataset | None = None) -> dict[str, Any]:
         if fd is not None:
             os.close(fd)
     summary = course.summary(config, model) | {"warnings": warnings}
-    (plan.folder / "summary.json").write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
+    with whole_file(plan.folder / "summary.json") as part:
+        part.write_text(json.dumps(metrics.finite(summary), indent=1) + "\n")
     report.write(plan.folder)
     return summary | {"folder": str(plan.folder)}
 

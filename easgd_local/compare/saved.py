@@ -8,7 +8,7 @@ from typing import Any
 
 from easgd_local import metrics
 from easgd_local.compare.settings import Comparison
-from easgd_local.theory.command import whole_file
+from easgd_local.whole_file import whole_file
 
 RESULTS, TRIALS = "results.json", "tune.json"
 

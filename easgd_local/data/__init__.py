@@ -18,12 +18,13 @@ from easgd_local.data.dataset import Dataset, MemorySplit, Split
 from easgd_local.data.folder import FolderSplit
 from easgd_local.data.imagefolder import load_imagefolder
 from easgd_local.data.ondevice import OnDevice, to_device
-from easgd_local.data.sampling import Sampler, in_sequence, independent, order, shard, step_rng
+from easgd_local.data.sampling import SAMPLINGS, Sampler, in_sequence, independent, order, shard, step_rng
 from easgd_local.data.shared import from_memfd, to_memfd
 from easgd_local.data.sources import load_cifar10, load_digits, make_synthetic
 
 __all__ = [
     "NAMES",
+    "SAMPLINGS",
     "Dataset",
     "FolderSplit",
     "MemorySplit",

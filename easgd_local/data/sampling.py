@@ -77,6 +77,9 @@ def independent(seed: int, rank: int, workers: int, batch_size: int, samples: in
     return Sampler(seed, (OWN, rank), samples, batch_size, first=0, stride=batch_size)
 
 
+SAMPLINGS = {"shard": shard, "independent": independent}
+
+
 def order(sampler: Sampler, start_t: int = 0) -> Iterator[np.ndarray]:
     """sampler.indices(t) for t = start_t, start_t + 1, ... without end."""
     return map(sampler.indices, count(start_t))

@@ -13,16 +13,28 @@ if TYPE_CHECKING:
     from easgd_local.backend.cpu import CpuOps, Vector
 
 
-class ExchangeView(Protocol):
-    """What a rule may touch of its worker in an exchange. Vectors have n floats; blocks are slices of them."""
-
-    @property
-    def rank(self) -> int:
-        """i, from 0."""
+class ClosingView(Protocol):
+    """What a rule may touch when it ends a round, in a worker or, in place of one that is gone, in the launcher.
+    Vectors have n floats; blocks are slices of them."""
 
     @property
     def workers(self) -> int:
         """p."""
+
+    @property
+    def ops(self) -> CpuOps:
+        """The operations on vectors; on a GPU those of `backend.cuda`, which has the same."""
+
+    def __getattr__(self, name: str) -> Vector:
+        """A vector by its letter: c, and those that the rule declares; in the launcher only those at the center."""
+
+
+class ExchangeView(ClosingView, Protocol):
+    """What a rule may touch of its worker in an exchange; x is a vector too."""
+
+    @property
+    def rank(self) -> int:
+        """i, from 0."""
 
     @property
     def t(self) -> int:
@@ -32,10 +44,6 @@ class ExchangeView(Protocol):
     def update(self) -> int:
         """In a pass of the loop over `turns`: the number, from 1, of this update of the block by anybody."""
 
-    @property
-    def ops(self) -> CpuOps:
-        """The operations on vectors."""
-
     def turns(self) -> Iterator[slice]:
         """One exchange with the center: `for b in w.turns():` holds block b of the shared vectors in each pass."""
 
@@ -44,9 +52,6 @@ class ExchangeView(Protocol):
 
     def read(self) -> Iterator[slice]:
         """The blocks, to be read only: for synchronous rules, between two rounds."""
-
-    def __getattr__(self, name: str) -> Vector:
-        """A vector by its letter: x, c, and those that the rule declares."""
 
 
 class WorkerView(ExchangeView, Protocol):
@@ -147,7 +152,7 @@ class Rule:
     def begin(self, w: WorkerView) -> None:
         """Sets the local vectors of a worker that takes up, or is reloaded, from the center: x = c, the others zero."""
 
-    def close(self, w: ExchangeView, b: slice) -> None:
+    def close(self, w: ClosingView, b: slice) -> None:
         """Ends a round for block b, after the last worker's visit; by that worker, or by the launcher in its place."""
 
     @property
@@ -203,7 +208,7 @@ def hints_of(kind: Any) -> dict[str, Any]:
     return _hints(kind)
 
 
-_hints = functools.cache(get_type_hints)
+_hints = functools.cache(get_type_hints)  # which type checkers hold to be for instances that can be hashed
 
 
 def plain_type(hint: Any) -> Any:

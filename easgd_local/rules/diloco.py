@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from easgd_local.rules.base import ExchangeView, WorkerView, hyperparameter
+from easgd_local.rules.base import ClosingView, ExchangeView, WorkerView, hyperparameter
 from easgd_local.rules.local import INNER_HELP, Local
 
 
@@ -54,7 +54,7 @@ class DiLoCo(Local):
         for b in w.read():
             w.ops.copy(w.x[b], w.c[b])  # x <- c
 
-    def close(self, w: ExchangeView, b: slice) -> None:
+    def close(self, w: ClosingView, b: slice) -> None:
         w.ops.nesterov_ball(
             w.c[b], w.u[b], w.s[b], -self.outer_lr, self.outer_momentum
         )  # u <- μu + s;  c <- c + η_o(s + μu)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from easgd_local.rules.base import WorkerView, check_momentum, hyperparameter
-from easgd_local.rules.elastic import Elastic
+from easgd_local.rules.jacobi import Jacobi
 
 
 @dataclass(frozen=True, kw_only=True)
-class EAMSGD(Elastic):
+class EAMSGD(Jacobi):
     """Elastic averaging with Nesterov momentum, asynchronous: Zhang et al. 2015, Algorithm 2 (arXiv:1412.6651).
 
         d <- α(x - c),  x <- x - d,  c <- c + d     every τ steps

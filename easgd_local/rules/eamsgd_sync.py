@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from easgd_local.rules.base import WorkerView, check_momentum, hyperparameter
-from easgd_local.rules.elastic import Synchronous
+from easgd_local.rules.jacobi import Synchronous
 
 
 @dataclass(frozen=True, kw_only=True)

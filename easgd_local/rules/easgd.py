@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from easgd_local.rules.base import WorkerView
-from easgd_local.rules.elastic import Elastic
+from easgd_local.rules.jacobi import Jacobi
 
 
 @dataclass(frozen=True, kw_only=True)
-class EASGD(Elastic):
+class EASGD(Jacobi):
     """Elastic averaging SGD, asynchronous: Zhang et al. 2015, Algorithm 1 (arXiv:1412.6651).
 
         d <- α(x - c),  x <- x - d,  c <- c + d     every τ steps

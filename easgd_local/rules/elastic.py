@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from easgd_local.rules.base import ExchangeView, hyperparameter
+from easgd_local.rules.base import hyperparameter
 from easgd_local.rules.periodic import Periodic
-
-if TYPE_CHECKING:
-    from easgd_local.backend.cpu import Vector
 
 BETA = 0.9  # the paper's experiments
 PER = ("exchange", "step")
-BOUNDS = {False: "(4 - 2ηh)/(4 - ηh)", True: "2(2 - ηh)/(2 + p(2 - ηh))"}  # of α, by whether differences are stale
 
 
 def _known(curvature: float | None) -> str:
@@ -31,7 +27,6 @@ class Elastic(Periodic):
     reads β as a rate per step instead, α = β/(τp). With ρ, α = ηρ, with the η that the learning rate starts from.
     """
 
-    orders: ClassVar[tuple[str, ...]] = ("strict", "free", "none")
     over_scratch: ClassVar[tuple[str, ...]] = ("d",)
 
     alpha: float | None = hyperparameter(None, "moving rate α; default β/p")
@@ -61,15 +56,6 @@ class Elastic(Periodic):
                 "beta_per=step: says how α follows from β, but alpha or rho fixes α already; give beta instead of them."
             )
 
-    def meet(self, w: ExchangeView) -> Vector | None:
-        """Every τ steps: d <- α(x - c), c <- c + d."""
-        if not self.due(w.t):
-            return None
-        alpha = self.moving_rate(w.workers)
-        for b in w.turns():
-            w.ops.pull(w.x[b], w.c[b], w.d[b], alpha)  # d <- α(x - c);  c <- c + d
-        return w.d
-
     def moving_rate(self, workers: int) -> float:
         """α with p workers; `ValueError` where β or ρ would put it outside [0, 1].
 
@@ -90,17 +76,6 @@ class Elastic(Periodic):
             raise ValueError(f"{how} = {alpha:.4g}, but the moving rate must lie in [0, 1]; choose {most}.")
         return alpha
 
-    def alpha_limit(self, workers: int, curvature: float = 1.0, turns: str = "") -> float:
-        """The largest α that is stable at every τ with p workers, curvatures up to h and this order of turns.
-
-            exclusive turns:    (4 - 2ηh)/(4 - ηh)             Zhang et al. 2015, section 4
-            stale differences:  2(2 - ηh)/(2 + p(2 - ηh))      in a rendezvous; without turns the worst that can be
-
-        0 where ηh ≥ 2. Momentum is left out of account, as the paper does.
-        """
-        room = max(2 - self.lr * curvature, 0.0)  # 2 - ηh
-        return 2 * room / (2 + (workers if self._stale(turns) else 1) * room)
-
     def lr_limit(self, curvature: float) -> float:
         """The largest stable η of a worker alone: 2/h, with Nesterov momentum 2(1 + δ)/((1 + 2δ)h)."""
         delta = getattr(self, "momentum", 0.0)
@@ -110,7 +85,7 @@ class Elastic(Periodic):
         """Sentences about α and η; `curvature` is an estimate of h at the start, 1 is assumed without one."""
         h = 1.0 if curvature is None else curvature
         most = self.lr_limit(h)
-        no_alpha = self.moving_rate(workers) > self.alpha_limit(workers, h, turns) == 0  # lowering it would not help
+        no_alpha = self.lr * h >= 2 and self.moving_rate(workers) > 0  # lowering α would not help
         if no_alpha or (curvature is not None and self.lr > most):
             return [
                 f"lr={self.lr} is {'beyond' if self.lr > most else 'at'} {most:.3g}, where steps of {self.name} begin "
@@ -120,38 +95,9 @@ class Elastic(Periodic):
         return self._alpha_warnings(workers, h, turns, _known(curvature))
 
     def _alpha_warnings(self, workers: int, h: float, turns: str, known: str) -> list[str]:
-        alpha, limit = self.moving_rate(workers), self.alpha_limit(workers, h, turns)
-        if alpha <= limit:
-            return []
-        bound = BOUNDS[self._stale(turns)]
-        return [
-            f"alpha={alpha:.4g} is beyond the stability bound {bound} = {limit:.4g} of {self.name} with "
-            f"turns={turns or self.orders[0]} at lr={self.lr}, {workers} workers and curvature {known}: expect "
-            f"oscillation; lower alpha or lr."
-        ]
-
-    def _stale(self, turns: str) -> bool:
-        """Whether differences from one and the same center can be added to it."""
-        return (turns or self.orders[0]) in ("together", "none")
+        """Sentences about an α that is too large at curvature h, which comes from where `known` says."""
+        raise NotImplementedError
 
     def derived(self, workers: int) -> dict[str, float]:
         alpha = self.moving_rate(workers)
         return {"alpha": alpha, "beta": alpha * workers, "rho": alpha / self.lr}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Synchronous(Elastic):
-    """Elastic averaging at a rendezvous: all differences are taken from the old center, and added in rank order."""
-
-    orders: ClassVar[tuple[str, ...]] = ("together",)
-
-    def meet(self, w: ExchangeView) -> Vector | None:
-        """Every τ steps: d <- α(x - c) with the old c, c <- c + Σ d."""
-        if not self.due(w.t):
-            return None
-        alpha = self.moving_rate(w.workers)
-        for b in w.read():
-            w.ops.difference(w.d[b], w.x[b], w.c[b], alpha)  # d <- α(x - c)
-        for b in w.turns():
-            w.ops.add(w.c[b], w.d[b])  # c <- c + d
-        return w.d

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from easgd_local.rules.base import ExchangeView, WorkerView, hyperparameter
+from easgd_local.rules.base import ClosingView, ExchangeView, WorkerView, hyperparameter
 from easgd_local.rules.local import Local
 
 if TYPE_CHECKING:
@@ -55,5 +55,5 @@ class SMA(Local):
             w.ops.add(w.s[b], w.d[b])  # s <- s + d
         return w.d
 
-    def close(self, w: ExchangeView, b: slice) -> None:
+    def close(self, w: ClosingView, b: slice) -> None:
         w.ops.heavy_ball(w.c[b], w.u[b], w.s[b], -1.0, self.center_momentum)  # u <- μu + s;  c <- c + u

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easgd_local.argument_types import number, whole
+from easgd_local.figure_folder import Table, refuse_foreign, write
 from easgd_local.simulate.machine import DEFAULTS, Machine
 from easgd_local.simulate.problems import PROBLEMS, make_problem
-from easgd_local.theory.command import NUMBERS, WHOLES, Flag, refuse_foreign, whole_file, write_table
+from easgd_local.theory.command import NUMBERS, WHOLES, Flag
 
 if TYPE_CHECKING:
-    from easgd_local.simulate.study import Cell, Table
+    from easgd_local.simulate.study import Cell
 
 FILES = ("runs.csv", "curves.csv", "staleness.csv", "runs.png", "sweep.png")
 OWN = {"dimension", "condition", "sigma", "batch_size"}  # of problems
@@ -119,15 +120,7 @@ def _try_to_write(folder: Path) -> None:
 
 
 def _write(folder: Path, tables: Mapping[str, Table], pictures: Mapping[str, Any]) -> list[Path]:
-    written = []
-    for stem, table in tables.items():
-        written.append(folder / f"{stem}.csv")
-        with whole_file(written[-1]) as part:
-            write_table(part, table)
-    for stem, picture in pictures.items():
-        written.append(folder / f"{stem}.png")
-        with whole_file(written[-1]) as part:
-            picture.savefig(part, dpi=110, format="png")
+    written = write(folder, tables, pictures)
     if "sweep" not in pictures:
         (folder / "sweep.png").unlink(missing_ok=True)  # an earlier simulation's
     return written

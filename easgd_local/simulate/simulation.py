@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from easgd_local.backend.cpu import CpuOps, Vector, vector
 from easgd_local.center import BLOCK_BYTES
 from easgd_local.optimizers import STEPS
+from easgd_local.partition import share_out
 from easgd_local.rules.base import Rule, WorkerView
 from easgd_local.simulate.clock import Clock
 from easgd_local.simulate.link import Link
@@ -21,7 +22,7 @@ from easgd_local.simulate.machine import IN_ROUNDS, Limits, Machine
 from easgd_local.simulate.orders import ORDERS, Grid
 from easgd_local.simulate.problems import Problem
 from easgd_local.simulate.traffic import traffic
-from easgd_local.simulate.worker import SimulatedWorker, World, share_out
+from easgd_local.simulate.worker import SimulatedWorker, World
 
 MOST_WORKERS, MOST_GRADIENTS = 4096, 10**8
 BLOWN_UP = 1e3  # times the error at the start: diverged

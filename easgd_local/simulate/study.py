@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from easgd_local.figure_folder import Table
+from easgd_local.partition import share_out
 from easgd_local.rules import RULES, rule_class
 from easgd_local.rules.base import Rule
 from easgd_local.simulate.machine import Machine
 from easgd_local.simulate.problems import Problem
 from easgd_local.simulate.simulation import Outcome, Scenario, simulate
-from easgd_local.simulate.worker import share_out
 
 GAIN = 1.1  # a larger number of workers helps if it is at least so many times faster
 FACTORS = (1.0, 0.25, 0.0625)  # of the step size, of which a sweep takes the best
-Table = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,10 @@ from typing import Any, cast
 import numpy as np
 
 from easgd_local.backend.cpu import CpuOps, Vector
+from easgd_local.backend.operations import OPERATIONS, Operation
 from easgd_local.rules.base import Rule, WorkerView
 
 FLOATS = 64  # of each vector of the probe
-
-# How each operation of backend/cpu.py touches its vectors, in the order of its arguments: r read, w written, u both.
-ACCESS = {
-    "pull": "ruw", "pull_center_first": "ruw", "pull_worker_first": "uuwr", "difference": "wrr", "push": "uwu",
-    "nesterov_at_center": "uuwr", "amsgrad": "uuuuwr", "admm": "uuuur", "heavy_ball": "uur", "nesterov_ball": "uur",
-    "average": "ur", "add": "ur", "descend": "ur", "nesterov": "uur", "accumulate": "uur", "lookahead": "wrr",
-    "subtract": "ur", "copy": "wr", "fill": "w",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,21 +64,21 @@ class Probe:
         """Once for all workers."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in ACCESS:
-            return lambda *values: self._note(ACCESS[name], values)
+        if name in OPERATIONS:
+            return lambda *values: self._note(OPERATIONS[name], values)
         vectors: dict[str, Vector] = self.__dict__["_vectors"]
         if name in vectors:
             return vectors[name]
         raise AttributeError(name)
 
-    def _note(self, access: str, values: tuple[Any, ...]) -> None:
-        vectors = [value for value in values if isinstance(value, np.ndarray)]
-        for how, vector in zip(access, vectors, strict=False):  # the optional d comes last
+    def _note(self, operation: Operation, values: tuple[Any, ...]) -> None:
+        vectors = [value for value in values if isinstance(value, np.ndarray)]  # the optional one is read, here nowhere
+        for number, vector in enumerate(vectors[: operation.vectors]):
             start = (vector.__array_interface__["data"][0] - self._all.__array_interface__["data"][0]) // 4
             place = slice(start, start + len(vector))
-            if how != "w":
+            if number in operation.reads:
                 self._read[place] |= ~self._written[place]
-            if how != "r":
+            if number in operation.writes:
                 self._written[place] = True
 
     def _count(self, keep: Callable[[float], None]) -> Iterator[slice]:

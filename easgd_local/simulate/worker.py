@@ -12,7 +12,6 @@ import numpy as np
 from easgd_local.backend.cpu import CpuOps, Vector
 from easgd_local.memory import MainMemory
 from easgd_local.optimizers import STEPS, Optimizer
-from easgd_local.partition import partition
 from easgd_local.rules.base import Rule, WorkerView
 from easgd_local.simulate.clock import Clock
 from easgd_local.simulate.link import Link
@@ -46,12 +45,6 @@ class World:
         """Whether an exchange goes on beside the gradient."""
         first = not self.rule.sequential  # those exchange after the gradient, in the end of a step
         return self.machine.overlap and first and not self.traffic.moves_x
-
-
-def share_out(layers: list[slice], workers: int) -> list[slice]:
-    """The coordinates of each worker where the model is divided; `ValueError` when there are fewer layers."""
-    parts = partition([layer.stop - layer.start for layer in layers], workers)
-    return [slice(layers[part[0]].start, layers[part[-1]].stop) for part in parts]
 
 
 class SimulatedWorker:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from easgd_local.argument_types import number, whole
-from easgd_local.theory.studies import Study, Table, admm_study, averaging_study, moments_study, stability_study
+from easgd_local.figure_folder import refuse_foreign, write
+from easgd_local.theory.studies import Study, admm_study, averaging_study, moments_study, stability_study
 
 
 @dataclass(frozen=True)
@@ -93,52 +88,10 @@ def execute(*, study: str, out: str, **values: Any) -> list[str]:
     refuse_foreign(folder, names)
     done = STUDIES[study][0](**values)
     assert {*done.tables, *done.figures} == {Path(name).stem for name in names}
-    folder.mkdir(parents=True, exist_ok=True)
-    for stem, table in done.tables.items():
-        with whole_file(folder / f"{stem}.csv") as part:
-            write_table(part, table)
-    for stem, figure in done.figures.items():
-        with whole_file(folder / f"{stem}.png") as part:
-            figure.savefig(part, dpi=110, format="png")
+    write(folder, done.tables, done.figures)
     return [*done.lines, f"written: {', '.join(str(folder / name) for name in names)}"]
 
 
 def _names(study: str) -> list[str]:
     stems = ("admm-map", "admm-trajectory") if study == "admm" else (study,)
     return [f"{stem}.{kind}" for stem in stems for kind in ("png", "csv")]
-
-
-def refuse_foreign(folder: Path, names: Sequence[str]) -> None:
-    """`ValueError` if the folder is a file, or holds others than these."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out={folder}: is a file, and the figures need a folder; give another --out.")
-    known = {*names, *(f".{name}.part" for name in names)}  # the second are what a kill has left
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.exists() else []
-    if foreign:
-        raise ValueError(
-            f"out={folder}: holds other files ({foreign[0]}), and only an empty folder or an earlier one of the same "
-            f"figures is written into; give another --out."
-        )
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A place to write to that becomes the file at the end; when interrupted, the old file stays."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_table(path: Path, table: Table) -> None:
-    """The columns as a CSV file; numbers with ten digits."""
-    columns = [column.ravel() for column in np.broadcast_arrays(*table.values())]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerows(chain([list(table)], zip(*(map(_cell, column) for column in columns), strict=True)))
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:.10g}"

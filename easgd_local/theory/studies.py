@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from easgd_local.figure_folder import Table
 from easgd_local.theory import domain, drift, figures, moments, stability
 from easgd_local.theory.domain import Array
 
 START = 1000.0  # where x and c begin in the paper's example of ADMM
 EDGE = 1e-9  # a radius of 1 up to rounding is not beyond 1
-Table = Mapping[str, Any]  # column -> values; they broadcast and are written flat
 
 
 @dataclass(frozen=True)
