@@ -22,10 +22,11 @@ from easgd_local.child import Refusal
 from easgd_local.devices import place_of
 from easgd_local.flat import Flat
 from easgd_local.loop_evaluator import LoopEvaluator, numbers
+from easgd_local.plan import Plan, Start
 from easgd_local.randomness import random_state, restore_random
 from easgd_local.stepping import Steps
 from easgd_local.turns import Aborted
-from easgd_local.visitor import Plan, Start, Visitor
+from easgd_local.visitor import Visitor
 
 
 class Attached(Visitor):

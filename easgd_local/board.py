@@ -40,6 +40,7 @@ class Row:
         return self.state not in ("died", "finished")
 
     def report(self, event: Event) -> None:
+        """Takes over an event of the worker."""
         self.t = max(self.t, event["t"])
         self.loss = _smoothed(self.loss, event.get("loss"))
         self.samples_per_s = event.get("samples_per_s")
@@ -54,6 +55,7 @@ class Row:
         return min(1.0, waited_s / lasted_s) if waited_s >= 0 and lasted_s > 0 else None
 
     def at(self, now: float, t: int) -> None:
+        """The worker's clock is t, now in seconds."""
         self.t = t
         if not self.clocks or now - self.clocks[-1][0] >= 1:
             self.clocks.append((now, t))
@@ -68,7 +70,8 @@ class Row:
 
 
 class Board:
-    """What is known of the run, from its events and clocks; how it is shown is for `Screen` and `Lines` to say."""
+    """What is known of the run, from its events and clocks; how it is shown is for `Screen` and `Lines` to say. `now`
+    tells the time in seconds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.now, self.began = now, now()
@@ -79,6 +82,7 @@ class Board:
         self.checkpoint: Event | None = None
 
     def observe(self, event: Event) -> None:
+        """Takes over an event of the run."""
         kind = event["kind"]
         if kind == "start":
             self.start = event
@@ -96,6 +100,7 @@ class Board:
             row.t, row.state = event["t"], "died" if kind == "death" else "finished"
 
     def tick(self, clocks: Sequence[int], waiting_for: Mapping[int, int], evaluating: Collection[int]) -> None:
+        """The workers' clocks now, who waits for whom, and who is held for an evaluation."""
         now = self.now()
         for rank, t in enumerate(clocks):
             row = self.row(rank)

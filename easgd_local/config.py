@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -168,6 +169,17 @@ class Config:
         """η as a function of the worker's clock, in a run of `steps` steps."""
         decay = LR_DECAY if self.lr_decay is None else self.lr_decay
         return LearningRate(self.schedule, self.rule.lr, steps, self.warmup, self.lr_step or 1, decay)
+
+    def steps_over(self, samples: int) -> int:
+        """The steps of each worker on a training set of so many samples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        assert self.workers is not None
+        needed = self.epochs * samples / (self.batch_size * self.workers)
+        if needed > MAX_STEPS:
+            raise ValueError(f"epochs={self.epochs}: that is more than 10^12 steps; choose a smaller value.")
+        return math.ceil(needed)
 
     def to_json(self) -> dict[str, Any]:
         """A mapping that JSON can hold and `from_json` reads back."""

@@ -11,7 +11,7 @@ from easgd_local.attachment import Proposal
 from easgd_local.center import Center
 from easgd_local.flat import Entry
 from easgd_local.launcher import Child, Launcher
-from easgd_local.visitor import Plan, Start
+from easgd_local.plan import Plan, Start
 
 WAIT_S = 0.02
 

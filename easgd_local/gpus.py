@@ -8,7 +8,7 @@ from easgd_local import hardware
 from easgd_local.graphics import Capability, Graphics, Images, look
 from easgd_local.launcher import ChildDied, ask
 from easgd_local.link import DEPTH
-from easgd_local.visitor import Plan
+from easgd_local.plan import Plan
 
 UNTRIED = "Training on GPUs has been tested on a pretended driver only; --device cuda uses them all the same."
 MPS = "MPS is active, with which easgd_local has never been tried; if a run hangs, stop the MPS daemon."

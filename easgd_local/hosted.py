@@ -19,9 +19,9 @@ from easgd_local.child import Refusal
 from easgd_local.devices import take_seat
 from easgd_local.graphics import Graphics
 from easgd_local.loop import LoopWorker
+from easgd_local.plan import Stopped
 from easgd_local.randomness import seed_all, seed_of
 from easgd_local.turns import Aborted
-from easgd_local.visitor import Stopped
 
 MAIN = ("init_main_from_name", "init_main_from_path")
 

@@ -30,9 +30,9 @@ from easgd_local.graphics import Graphics
 from easgd_local.launching import LaunchConfig
 from easgd_local.leading import Leader, peer
 from easgd_local.loop import LoopWorker
+from easgd_local.plan import Stopped
 from easgd_local.randomness import seed_all, seed_of
 from easgd_local.signals import signals
-from easgd_local.visitor import Stopped
 
 WATCH_S = 0.5
 PATIENCE_S = 60.0  # after which is said that somebody has not come

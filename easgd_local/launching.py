@@ -26,12 +26,12 @@ from easgd_local.launcher import Child, Launcher, warm_up
 from easgd_local.looprun import Gathered, LoopRun
 from easgd_local.metrics import Listener
 from easgd_local.outset import check_room, restore, set_turns, shared_names
+from easgd_local.plan import Plan, Start
 from easgd_local.rules.base import make_plain
 from easgd_local.runfolder import claim, lock, saved_values, write_config
 from easgd_local.schedules import Calendar
 from easgd_local.signals import signals
 from easgd_local.view import Lines, Screen, open_view, summary_table
-from easgd_local.visitor import Plan, Start
 
 REPORT_EVERY = 10  # steps; slow workers report at least every two seconds
 FIXED = ("seed", "threads", "rule", "turns", "buffers", "optimizer_state", "block_bytes", "dtype")  # in a resumed run

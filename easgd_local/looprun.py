@@ -15,9 +15,9 @@ from easgd_local.flat import Naming
 from easgd_local.gathering import WorkerFailed, admit, check_alike
 from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener
+from easgd_local.plan import Plan, Start
 from easgd_local.run import Run
 from easgd_local.summary import Settings
-from easgd_local.visitor import Plan, Start
 
 
 @dataclass

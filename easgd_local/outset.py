@@ -6,8 +6,8 @@ from pathlib import Path
 
 from easgd_local import checkpoint, hardware
 from easgd_local.center import UPDATES, Center
+from easgd_local.plan import Plan, Start
 from easgd_local.rules.base import Rule
-from easgd_local.visitor import Plan, Start
 
 
 def shared_names(rule: Rule, workers: int) -> tuple[str, ...]:

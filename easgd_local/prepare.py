@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from easgd_local import checkpoint, data, hardware, models
+from easgd_local import checkpoint, checks, data, hardware, models
 from easgd_local.center import Center, Layout
 from easgd_local.computing import Computing
-from easgd_local.config import MAX_STEPS, Config, differences, refuse_change
+from easgd_local.config import Config
 from easgd_local.curvature import start_curvature
 from easgd_local.data import Dataset, MemorySplit
 from easgd_local.flat import Flat
@@ -24,10 +22,10 @@ from easgd_local.gpus import chosen, exchanging
 from easgd_local.graphics import Graphics, effective
 from easgd_local.outset import check_room, copy_center, restore, set_turns, shared_names
 from easgd_local.partition import share_out
+from easgd_local.plan import Start
 from easgd_local.rules.elastic import Elastic
-from easgd_local.runfolder import claim, lock, saved_config, write_config
+from easgd_local.runfolder import claim, lock, write_config
 from easgd_local.schedules import Calendar
-from easgd_local.visitor import Start
 from easgd_local.worker import TrainingPlan
 
 CURVE_POINTS = 10  # evaluations of a run that does not say how often
@@ -93,26 +91,24 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
     agree with that run's; its config.json then says what holds from here on. Raises `ValueError` or `MemoryError` with
     one sentence; nothing is left behind then.
     """
-    check_gpu_flags(config)
+    checks.gpu_flags(config)
     graphics, said = chosen(config.device, config.exchange)
-    _check_tensorboard(config)
+    checks.tensorboard(config)
     with contextlib.ExitStack() as undo:
         lock_fd = -1 if resume is None else lock(resume, undo)  # first: a run in progress moves its checkpoints
-        manifest = None if resume is None else _checked_checkpoint(config, resume)
+        manifest = None if resume is None else checks.newest_checkpoint(config, resume)
         dataset = dataset or load(config)
-        plan, warnings = _plan(config, dataset, graphics)
-        warnings = said + warnings
+        steps = config.steps_over(len(dataset.train))
         if resume is not None and manifest is not None:
-            _check_work_left(config, plan.calendar.steps, manifest.t, resume)
-        plan.sampler(0, len(dataset.train))  # says so when there are too few samples
-        flat = Flat(_model(plan))
-        if plan.rule.divides:
-            share_out(flat.layers, plan.layout.workers)  # says if there are too few
-        threads = thread_count(config, flat.model, plan.shape)
-        plan = replace(plan, layout=replace(plan.layout, n=flat.n), threads=threads)
-        plan = replace(plan, graphics=exchanging(plan.graphics, config.exchange, plan, _needed_vectors(plan)))
+            checks.work_left(config, steps, manifest.t, resume)
+        checks.samples(config, dataset)
+        flat = Flat(_model(config, dataset))
+        if config.rule.divides:
+            share_out(flat.layers, config.workers or 1)  # says if there are too few
+        plan = _plan(config, dataset, flat, steps, graphics)
+        plan = replace(plan, graphics=exchanging(graphics, config.exchange, plan, _needed_vectors(plan)))
         curvature = _curvature(plan, flat.model, dataset)
-        warnings = _rule_warnings(config, curvature) + warnings
+        warnings = [*checks.rule_warnings(config, curvature), *said, *checks.length_warnings(config, steps)]
         check_room(plan, 0 if graphics else _needed_vectors(plan))
         center = undo.enter_context(Center.create(plan.layout))
         data_fd, description = data.to_memfd(dataset)
@@ -149,13 +145,6 @@ def load(config: Config) -> Dataset:
         ) from error
 
 
-def check_gpu_flags(config: Config) -> None:
-    """`ValueError` for a flag that says how a GPU computes, without one."""
-    for name in ("tf32", "nondeterministic"):
-        if getattr(config, name) and config.device != "cuda":
-            raise ValueError(f"{name}=True: says how a GPU computes, but device={config.device}; leave it out.")
-
-
 def thread_count(config: Config, model: nn.Module, shape: models.Shape) -> int:
     """Of each worker: as configured, else those that its share of the cores and the size of a step are worth."""
     assert config.workers is not None
@@ -163,27 +152,20 @@ def thread_count(config: Config, model: nn.Module, shape: models.Shape) -> int:
     return config.threads or models.worth_threads(model, shape, config.batch_size, share)
 
 
-def _model(plan: TrainingPlan) -> nn.Module:
-    torch.manual_seed(plan.seed)
+def _model(config: Config, dataset: Dataset) -> nn.Module:
+    torch.manual_seed(config.seed)
+    shape = dataset.input_shape
     try:
-        model = models.build(plan.model, shape=plan.shape, classes=plan.classes)
-        models.check(model, plan.shape)
+        model = models.build(config.model, shape=shape, classes=len(dataset.classes))
+        models.check(model, shape)
     except RuntimeError as error:
         if "allocate" not in str(error):
             raise
         raise MemoryError(
-            f"model={plan.model}: there is no memory for one on pictures of {plan.shape}; choose a smaller model or "
+            f"model={config.model}: there is no memory for one on pictures of {shape}; choose a smaller model or "
             f"smaller pictures, or free some memory."
         ) from error
     return model
-
-
-def _check_tensorboard(config: Config) -> None:
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "tensorboard=True: the package tensorboard is not installed; pip install 'easgd_local[tensorboard]', or "
-            "leave --tensorboard out."
-        )
 
 
 def computing(config: Config, dataset: Dataset, graphics: Graphics | None) -> Computing:
@@ -215,37 +197,16 @@ def _needed_vectors(plan: TrainingPlan) -> int:
     return len(own_vectors(plan)) + (3 if plan.rule.optimizer and plan.graphics else 0)
 
 
-def _plan(config: Config, dataset: Dataset, graphics: Graphics | None) -> tuple[TrainingPlan, list[str]]:
-    workers = config.workers
-    assert workers is not None
+def _plan(config: Config, dataset: Dataset, flat: Flat, steps: int, graphics: Graphics | None) -> TrainingPlan:
+    """What the processes must agree on, but the run folder, which is claimed last."""
+    assert config.workers is not None
     assert config.turns is not None
-    steps = config.steps
-    if steps is None:
-        assert config.epochs is not None
-        needed = config.epochs * len(dataset.train) / (config.batch_size * workers)
-        if needed > MAX_STEPS:
-            raise ValueError(f"epochs={config.epochs}: that is more than 10^12 steps; choose a smaller value.")
-        steps = math.ceil(needed)
     evaluate_every = max(1, steps // CURVE_POINTS) if config.eval_every is None else config.eval_every
-    warnings = []
-    cores = hardware.cores()
-    if workers > 2 * cores:
-        warnings.append(
-            f"workers={workers} on {cores} cores: they take turns on the cores, so more workers gain nothing."
-        )
-    if not config.rule.sequential and steps <= config.rule.period > 1:
-        warnings.append(
-            f"tau={config.rule.period} with steps={steps}: the workers part at step 0 and would next meet at step "
-            f"{config.rule.period}, so the center stays as it starts; choose a smaller tau, or more steps."
-        )
-    for name, needed in (("warmup", config.warmup), ("lr_step", config.lr_step or 0)):
-        if needed >= steps:
-            warnings.append(f"{name}={needed} with steps={steps}: the run ends before; choose a smaller {name}.")
-    plan = TrainingPlan(
+    return TrainingPlan(
         rule=config.rule,
         learning_rate=config.learning_rate(steps),
         calendar=Calendar(config.rule.period, steps, evaluate_every, config.checkpoint_every),
-        layout=Layout(workers, 0, shared_names(config.rule, workers), config.block_bytes),
+        layout=Layout(config.workers, flat.n, shared_names(config.rule, config.workers), config.block_bytes),
         model=config.model,
         shape=dataset.input_shape,
         classes=len(dataset.classes),
@@ -257,13 +218,12 @@ def _plan(config: Config, dataset: Dataset, graphics: Graphics | None) -> tuple[
         computing=computing(config, dataset, graphics),
         graphics=graphics,
         buffers=config.buffers,
-        threads=config.threads or 1,
+        threads=thread_count(config, flat.model, dataset.input_shape),
         folder=Path(),
         report_every=max(1, steps // REPORTS),
         evaluation_samples=config.eval_samples,
         faults=config.faults,
     )
-    return plan, warnings
 
 
 def _curvature(plan: TrainingPlan, model: nn.Module, dataset: Dataset) -> float | None:
@@ -271,35 +231,6 @@ def _curvature(plan: TrainingPlan, model: nn.Module, dataset: Dataset) -> float 
     if not isinstance(plan.rule, Elastic):
         return None
     return start_curvature(model, dataset, plan.sampler(0, len(dataset.train)), plan.weight_decay)
-
-
-def _rule_warnings(config: Config, curvature: float | None) -> list[str]:
-    """What the rule has to say. After a warmup the curvature is no longer that of the start."""
-    assert config.workers is not None
-    assert config.turns is not None
-    return config.rule.warnings(config.workers, None if config.warmup else curvature, config.turns)
-
-
-def _checked_checkpoint(config: Config, run: Path) -> checkpoint.Manifest:
-    """The newest checkpoint of the run to resume, verified; `ValueError` if `config` is that of another run."""
-    for name, (old, new) in differences(saved_config(run), config).items():
-        refuse_change(name, old, new, run)
-    _, manifest = checkpoint.newest(run)
-    for name, (old, new) in differences(Config.from_json(manifest.config), config).items():
-        raise ValueError(
-            f"{run / 'config.json'}: says {name}={new}, but the checkpoint was written with {name}={old}; put the file "
-            f"back as it was, or start a new run."
-        )
-    return manifest
-
-
-def _check_work_left(config: Config, steps: int, t: int, run: Path) -> None:
-    name = "steps" if config.epochs is None else "epochs"
-    if steps <= t:
-        raise ValueError(
-            f"{name}={getattr(config, name)}: the run in {run} has its newest checkpoint at step {t}, so nothing is "
-            f"left to do; give more --{name}."
-        )
 
 
 def _effective(plan: TrainingPlan, dataset: Dataset, curvature: float | None) -> dict[str, Any]:

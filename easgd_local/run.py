@@ -19,10 +19,10 @@ from easgd_local.chronicle import Chronicle
 from easgd_local.graphics import device_name
 from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener
+from easgd_local.plan import Start
 from easgd_local.referee import NEVER, Referee
 from easgd_local.signals import signals
 from easgd_local.summary import Clock, Ready, Tally, is_finite, summarize
-from easgd_local.visitor import Start
 from easgd_local.whole_file import whole_file
 
 IDLE_S, BUSY_S = 0.02, 0.002

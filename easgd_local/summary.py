@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from easgd_local.center import Center
-from easgd_local.visitor import Plan, Start
+from easgd_local.plan import Plan, Start
 
 
 class Settings(Protocol):

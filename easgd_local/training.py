@@ -15,9 +15,9 @@ from easgd_local.config import Config
 from easgd_local.data import Dataset
 from easgd_local.launcher import Child, Launcher, warm_up
 from easgd_local.metrics import Listener
+from easgd_local.plan import Start
 from easgd_local.prepare import Prepared, prepare
 from easgd_local.run import Run
-from easgd_local.visitor import Start
 
 
 def train(

@@ -90,7 +90,9 @@ class Turns(Protocol):
     wait_s: float
     waited_for_s: list[float]
 
-    def visit(self) -> Iterator[slice]: ...
+    def visit(self) -> Iterator[slice]:
+        """One exchange: yields the blocks in turn, holding each during its pass of the caller's loop."""
+
     def open(self, y: Any) -> None:
         """y <- 0, part of the block in hand, at the first visit of the block in this round."""
 

@@ -5,48 +5,19 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from easgd_local import checkpoint, faults
 from easgd_local.backend.cpu import Vector
-from easgd_local.center import Center, Layout
+from easgd_local.center import Center
 from easgd_local.devices import OnCpu, Place
-from easgd_local.graphics import Graphics
 from easgd_local.partition import overlap
+from easgd_local.plan import Plan, Stopped
 from easgd_local.respondent import Respondent
-from easgd_local.rules.base import Rule
-from easgd_local.schedules import Calendar
 from easgd_local.turns import Aborted
 
 REPORT_S = 2.0  # a slow worker reports at least this often
-
-
-class Stopped(BaseException):
-    """The launcher has asked the workers to stop at this clock; state is saved. No error, so nobody's to catch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What the processes of a run must agree on, fully resolved, whoever wrote the training loop."""
-
-    rule: Rule
-    calendar: Calendar
-    layout: Layout
-    turns: str
-    buffers: str
-    threads: int
-    seed: int
-    folder: Path
-    report_every: int
-    graphics: Graphics | None = None  # the GPUs on which workers compute; None: on the CPU
-    faults: tuple[faults.Fault, ...] = ()
-
-    @property
-    def in_rounds(self) -> bool:
-        """Whether the order of turns has common rounds, so that "the center after round k" is one exact vector."""
-        return self.turns in ("strict", "together")
 
 
 class Visitor:
@@ -334,22 +305,6 @@ class Visitor:
             staleness=None if self._plan.turns == "none" else self._turns.stale,
         )  # fmt: skip
         self._losses, self._losses_known, self._reported, self._reported_at = 0.0, 0, self._made, now
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a worker takes up: at clock t, from `saved` (a checkpoint's folder) or from the center.
-
-    `run_t` is the step of the run, whose rounds it makes from here on, where its own clock differs: the loops of users
-    need not all be equally long. One that `joins` a run under way, in place of a worker that died, is told its clock
-    when it is ready.
-    """
-
-    t: int = 0
-    saved: Path | None = None
-    joins: bool = False
-    run_t: int | None = None
-    drawn: int | None = None  # how many batches a worker had drawn that there was in its place
 
 
 def _go_on() -> None: ...

@@ -23,8 +23,9 @@ from easgd_local.learning_rate import LearningRate
 from easgd_local.loss_scale import STATE as LOSS_SCALE
 from easgd_local.optimizers import STEPS, Optimizer
 from easgd_local.partition import share_out
+from easgd_local.plan import Plan, Start, Stopped
 from easgd_local.turns import Aborted
-from easgd_local.visitor import Plan, Start, Stopped, Visitor
+from easgd_local.visitor import Visitor
 
 
 class GradientOf(Protocol):

@@ -19,9 +19,9 @@ from easgd_local.center import Center, Layout
 from easgd_local.config import MAX_STEPS
 from easgd_local.flat import Flat
 from easgd_local.outset import set_turns, shared_names
+from easgd_local.plan import Plan, Start
 from easgd_local.rules.base import Rule
 from easgd_local.schedules import Calendar
-from easgd_local.visitor import Plan, Start
 
 BLOCK_BYTES = 64
 Optimizers = tuple[torch.optim.Optimizer, ...]

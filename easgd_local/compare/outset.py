@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from easgd_local import data, hardware, models
+from easgd_local import checks, data, hardware, models
 from easgd_local.compare.rival_run import check_seats
 from easgd_local.compare.settings import Comparison
 from easgd_local.computing import Computing
@@ -15,14 +15,14 @@ from easgd_local.evaluate import evaluate
 from easgd_local.flat import Flat
 from easgd_local.gpus import find
 from easgd_local.partition import share_out
-from easgd_local.prepare import check_gpu_flags, load
+from easgd_local.prepare import load
 
 
 def look(comparison: Comparison, dataset: Dataset | None = None) -> Dataset:
     """Loads the data unless given, and builds the model once; `ValueError` for what cannot work, before anything is
     written."""
     config = comparison.template
-    check_gpu_flags(config)
+    checks.gpu_flags(config)
     if config.device == "cuda":
         graphics = find()
         for one in comparison.entries:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from easgd_local.compare import tuning
@@ -141,12 +141,9 @@ class Comparison:
 
     def fixed_steps(self, entry: Entry, train_samples: int) -> int | None:
         """The steps of each worker; None where the budget decides."""
-        template = self.template
         if self.budget_s is not None:
             return None
-        if template.epochs is None:
-            return template.steps
-        return math.ceil(template.epochs * train_samples / self.samples_per_step(entry))
+        return replace(self.template, workers=self.workers(entry)).steps_over(train_samples)
 
     def to_json(self) -> dict[str, Any]:
         values = {one.name: getattr(self, one.name) for one in fields(self)}

@@ -141,7 +141,7 @@ def end_of_help(row: Sequence[Cell]) -> str:
 
 
 def title(cell: Cell) -> str:
-    """ "easgd, p = 4, τ = 10, strict"."""
+    """ "easgd, p = 4, τ = 10, strict, η = 0.05"."""
     turns, rate = cell.best.scenario.turns, cell.best.scenario.rule.lr
     return f"{cell.rule}, p = {cell.workers:,}, τ = {cell.tau}, {turns}, η = {rate:g}"
 
