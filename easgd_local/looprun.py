@@ -67,7 +67,6 @@ class LoopRun(Run):
         self._given = launcher
         self.error: Exception | None = None
         self._namings: dict[int, Naming] = {}  # by rank, at the end, with what is not in the vector
-        self._asked_worker: Child | None = None
         self._asked_to_save: set[tuple[int, int]] = set()  # (step, rank) of those whose loops are over
         self._evaluates_at_end = False  # asked already
 
@@ -119,9 +118,9 @@ class LoopRun(Run):
         one = self._workers[rank]
         if one.refused:
             self._abandon(ValueError(f"worker {rank}: {one.failure}"))
-        if self._asked_worker is one and self._asked:  # its answer will not come
-            self._snapshot_taken()
-            self._asked = None
+        if self._evaluations.asked and self._evaluations.evaluator is one:  # its answer will not come
+            self._evaluations.snapshot_taken()
+            self._evaluations.asked = None
         if self._abandoned:
             self._tallies[rank].state = "stopped"  # by us
         super()._worker_exited(rank, cause)
@@ -179,10 +178,6 @@ class LoopRun(Run):
             return None
         return self._workers[min(able, key=lambda rank: (self._joined[rank], rank))]
 
-    def _ask(self, round: int, t: int) -> None:
-        self._asked_worker = self._evaluator
-        super()._ask(round, t)
-
     # The end
 
     def _dismiss_finished(self) -> None:
@@ -197,13 +192,14 @@ class LoopRun(Run):
         t = max(self._center.clock[rank] for rank in self._ranks)
         self._center.take_whole_snapshot()
         self._save_end(t)
-        if not (self._scores and self._evaluated_t == t):  # the last of the periodic ones was of the end
+        if not (self._evaluations.scores and self._evaluations.t == t):  # the last of the periodic ones was of the end
             self._ask(self._calendar.rounds_before(t) - 1, t)
 
     def _keep_statistics(self) -> None:
         """The center ends with the statistics that were computed for it."""
-        if self._plan.buffers == "recalibrate" and self._buffers is not None:
-            self._center.vectors["c"][self._buffer_coordinates()] = self._buffers
+        buffers = self._evaluations.buffers
+        if self._plan.buffers == "recalibrate" and buffers is not None:
+            self._center.vectors["c"][self._buffer_coordinates()] = buffers
 
     def _save_end(self, t: int) -> None:
         """A checkpoint of the end, to go on from with a longer loop, where runs have checkpoints."""

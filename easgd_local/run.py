@@ -16,6 +16,7 @@ from torch import Tensor
 from easgd_local import checkpoint, hardware, metrics, overhead, report
 from easgd_local.backend.cpu import Vector
 from easgd_local.chronicle import Chronicle
+from easgd_local.evaluations import Evaluations
 from easgd_local.graphics import device_name
 from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener
@@ -55,12 +56,7 @@ class Run:
         )
         self._next_round = self._calendar.next_snapshot(self._calendar.rounds_before(prepared.t))
         self._mean_t = prepared.t
-        self._due: tuple[int, int] | None = None  # (round, T) of an evaluation that waits for the workers to hold
-        self._asked: tuple[int, int] | None = None  # (round, T) of the one under way
-        self._scores: dict[str, Any] = {}
-        self._evaluated_t = self._prepared.t
-        self._buffers: Vector | None = None
-        self._evaluate_s = 0.0
+        self._evaluations = Evaluations(self._center, self._chronicle, prepared.t)
         self._interrupts, self._stop_reason, self._stop_t = 0, "", -1
         self._held, self._diverged, self._abandoned = False, False, False
         self._set_out_s = 0.0  # when the workers set out for the round, or clock, that is waited for
@@ -131,8 +127,8 @@ class Run:
         vectors = self._center.vectors
         c = vectors[self._plan.rule.reported].copy()
         c[buffers] = vectors["c"][buffers]
-        if self._plan.buffers == "recalibrate" and self._buffers is not None:
-            c[buffers] = self._buffers
+        if self._plan.buffers == "recalibrate" and self._evaluations.buffers is not None:
+            c[buffers] = self._evaluations.buffers
         return c
 
     # The course
@@ -152,7 +148,7 @@ class Run:
         if prepared.t == 0:
             self._center.take_whole_snapshot()
             self._ask(-1, 0)
-        while self._workers and (self._asked or not all("ready" in one.said for one in self._workers.values())):
+        while self._workers and (self._evaluations.pending or not self._all_ready()):
             self._step(BUSY_S)
             if self._interrupts:
                 break
@@ -161,14 +157,17 @@ class Run:
         for one in self._workers.values():
             one.tell(0)
 
+    def _all_ready(self) -> bool:
+        return all("ready" in one.said for one in self._workers.values())
+
     def _supervise(self) -> None:
         """Until no worker is left, or an interrupt that will not wait for them."""
         while self._workers and not self._gives_up:
-            self._step(BUSY_S if self._due or self._stop_reason else self._patience_s())
+            self._step(BUSY_S if self._evaluations.due or self._stop_reason else self._patience_s())
             assert self._referee.is_alive(), "the referee died: nobody passes the turns of the dead any more"
             if self._interrupts and not self._stop_reason and not self._center.leave[0] and not self._all_finished():
                 self._stop_reason = "interrupted"
-            if not (self._asked or self._due or self._stop_reason):
+            if not (self._evaluations.pending or self._stop_reason):
                 self._watch_rounds() if self._in_rounds else self._watch_clocks()
                 self._dismiss_finished()
             self._hold_or_release()
@@ -191,11 +190,11 @@ class Run:
         checkpoint.discard_partial(self._folder)
 
     def _evaluate_now(self, round: int, t: int) -> None:
-        while self._asked and not self._gives_up:
+        while self._evaluations.asked and not self._gives_up:
             self._step(BUSY_S)
         self._center.take_whole_snapshot()
         self._ask(round, t)
-        while self._asked and not self._gives_up:
+        while self._evaluations.asked and not self._gives_up:
             self._step(BUSY_S)
 
     def _conclude(self) -> dict[str, Any]:
@@ -207,9 +206,10 @@ class Run:
                 self._chronicle.warn(
                     f"worker {rank} was reloaded from the center {often}, as its values were not finite."
                 )
+        evaluations = self._evaluations
         summary: dict[str, Any] = {"status": self._status(), "interrupts": self._interrupts} | summarize(
-            self._prepared, self._tallies, self._scores, seconds=self._clock.seconds, evaluate_s=self._evaluate_s,
-            evaluated_at=self._evaluated_t if self._scores else None,
+            self._prepared, self._tallies, evaluations.scores, seconds=self._clock.seconds,
+            evaluate_s=evaluations.seconds, evaluated_at=evaluations.t if evaluations.scores else None,
             failures=self._failures, warnings=self._chronicle.warnings,
         )  # fmt: skip
         self._chronicle.event("end", t=summary["steps"], status=summary["status"])
@@ -245,7 +245,7 @@ class Run:
             case ("evaluated", scores, buffers, took_s), _:
                 self._evaluated(scores, buffers, took_s)
             case ("taken",), _:
-                self._snapshot_taken()
+                self._evaluations.snapshot_taken()
             case ("exit", cause), None:
                 self._evaluator_exited(cause)
             case ("event", "worker", values), int(rank):
@@ -325,9 +325,9 @@ class Run:
             self._assembly.add_center(t, self._center.state())
         self._commit()
         self._next_round = self._calendar.next_snapshot(round + 1)
-        evaluations = self._calendar.evaluation_steps(round)
-        if evaluations and self._evaluator:
-            self._due = round, evaluations[-1]
+        steps = self._calendar.evaluation_steps(round)
+        if steps and self._evaluator:
+            self._evaluations.due = round, steps[-1]
         else:
             self._center.taken[0] = round + 1
             self._set_out_s = time.monotonic()
@@ -337,7 +337,7 @@ class Run:
         clocks = [self._center.clock[rank] for rank in self._training()]
         before, now = self._mean_t, sum(clocks) // len(clocks) if clocks else 0
         if any(period and now // period > before // period for period in self._periods()):
-            self._due = -1, now
+            self._evaluations.due = -1, now
         else:
             self._mean_t = max(before, now)
 
@@ -356,8 +356,8 @@ class Run:
             self._clock.stop(max(held_ns) / 1e9 if held_ns else None)
         if all_hold and self._stop_wanted():
             self._stop()
-        elif all_hold and self._due:
-            self._act_while_held(*self._due)
+        elif all_hold and self._evaluations.due:
+            self._act_while_held(*self._evaluations.due)
         if pause[0] & 1 and not self._holding_wanted():
             if self._held and self._training():
                 self._clock.start()
@@ -373,13 +373,13 @@ class Run:
         return bool(self._stop_reason) and self._stop_t < 0
 
     def _holding_wanted(self) -> bool:
-        return self._due is not None or self._asked is not None or self._stop_wanted()
+        return self._evaluations.pending or self._stop_wanted()
 
     def _training(self) -> list[int]:
         return [rank for rank in self._workers if self._tallies[rank].state == "training"]
 
     def _act_while_held(self, round: int, t: int) -> None:
-        self._due, evaluates = None, True
+        self._evaluations.due, evaluates = None, True
         if not self._in_rounds:
             evaluates, saves = (period > 0 and t // period > self._mean_t // period for period in self._periods())
             self._mean_t = t
@@ -399,11 +399,10 @@ class Run:
                 self._launcher.kill(self._workers[rank])
         ranks = self._training()
         ahead = self._waits_for_the_rest()
-        lets_finish = ahead and self._in_rounds and self._asked is None  # then the end is evaluated as usual
-        if not lets_finish:
+        if not (ahead and self._in_rounds and self._evaluations.asked is None):  # else the end is evaluated as usual
             self._end_evaluation()
         self._launcher.kill_all(one for rank, one in self._workers.items() if self._tallies[rank].state == "starting")
-        self._due = self._asked = None
+        self._evaluations.forget()
         center.taken[0] = NEVER  # nobody reads snapshots any more, so nobody waits to write one
         if self._in_rounds:
             earliest = max((center.earliest_stop[rank] for rank in ranks), default=self._calendar.steps)
@@ -422,23 +421,11 @@ class Run:
         return any(self._tallies[rank].state == "finished" for rank in self._workers)
 
     def _ask(self, round: int, t: int) -> None:
-        if evaluator := self._evaluator:
-            self._asked = round, t
-            evaluator.tell(("evaluate", t))
-        else:  # all died meanwhile
-            self._center.taken[0] = max(self._center.taken[0], round + 1)
-
-    def _snapshot_taken(self) -> None:
-        round = (self._asked or self._due or (-1,))[0]
-        self._center.taken[0] = max(self._center.taken[0], round + 1)
+        self._evaluations.ask(self._evaluator, round, t)
 
     def _evaluated(self, scores: dict[str, Any], buffers: Vector | None, took_s: float) -> None:
-        if self._asked is None:
+        if not self._evaluations.answer(scores, buffers, took_s):
             return
-        round, t = self._asked
-        self._asked, self._scores, self._buffers, self._evaluated_t = None, scores, buffers, t
-        self._evaluate_s += took_s
-        self._chronicle.event("center", t=t, round=round, evaluate_s=took_s, **scores)
         if not math.isfinite(scores.get("train_loss", 0.0)) and not self._diverged:
             self._diverged = True
             self._stop_reason = self._stop_reason or "diverged"

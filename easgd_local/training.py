@@ -77,8 +77,8 @@ class Training(Run):
 
     def _evaluator_exited(self, cause: str | None) -> None:
         self._evaluating = None
-        self._snapshot_taken()
-        self._asked = self._due = None
+        self._evaluations.snapshot_taken()
+        self._evaluations.forget()
         if cause and self._stop_t < 0:
             self._chronicle.warn(
                 f"the evaluator died ({cause}): no evaluation from here on; see {self._folder}/logs/evaluator.log."

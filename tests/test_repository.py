@@ -33,6 +33,7 @@ LAYERS = (
     ("prepare", "looprun"),
     ("checks",),
     ("run",),
+    ("evaluations",),
     ("chronicle",),
     ("summary",),
     ("runfolder",),
