@@ -5,7 +5,7 @@ that is current on the calling thread (`Context.make_current`), and CUDA does no
 and launches are only enqueued: whose memory they touch keeps it until the stream is through, and what fails on the
 device is reported by a later call. Addresses are plain integers.
 
-Names, types and constants are those of NVIDIA's cuda.h (CUDA 13.0).
+Names, types and constants are those of NVIDIA's cuda.h; tests/test_cuda_header.py compares them.
 """
 
 from __future__ import annotations
