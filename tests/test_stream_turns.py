@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from easgd_local import launcher
+from easgd_local import kernels, launcher
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.backend.cuda import CudaOps, Gpu, Transfer, compiled
 from easgd_local.backend.operations import OPERATIONS
@@ -351,5 +352,9 @@ def test_the_host_enqueues_no_more_than_two_exchanges_ahead_and_says_whom_it_wai
             center.turn[b] = 2**62  # whatever waits goes on
 
 
-def test_kernels_are_compiled_to_machine_code_without_a_gpu():
-    assert compiled("elastic", (9, 0))[:4] == b"\x7fELF"
+@pytest.mark.parametrize("name", kernels.names())
+def test_kernels_are_compiled_to_machine_code_without_a_gpu_and_nothing_is_cut_off(name):
+    image = compiled(name, (9, 0))
+    assert image[:4] == b"\x7fELF"
+    (start,), (size, count) = struct.unpack_from("<Q", image, 32), struct.unpack_from("<HH", image, 54)
+    assert start + size * count <= len(image)  # of the program's headers, which come last

@@ -74,7 +74,7 @@ def compiled(name: str, capability: tuple[int, int]) -> bytes:
     program = nvrtc.createProgram(kernels.source(name), f"{name}.cu", [], [])
     try:
         nvrtc.compileProgram(program, [f"-arch=sm_{capability[0]}{capability[1]}", "-std=c++17"])
-        return bytes(nvrtc.getCUBIN(program))
+        return bytes(nvrtc.getCUBIN(program)) + b"\0"  # which CuPy takes off, as if this were a text
     finally:
         nvrtc.destroyProgram(program)
 
