@@ -22,8 +22,8 @@ from easgd_local.child import Refusal
 from easgd_local.devices import place_of
 from easgd_local.flat import Flat
 from easgd_local.loop_evaluator import LoopEvaluator, numbers
+from easgd_local.loop_state import LoopState
 from easgd_local.plan import Plan, Start
-from easgd_local.randomness import random_state, restore_random
 from easgd_local.stepping import Steps
 from easgd_local.turns import Aborted
 from easgd_local.visitor import Visitor
@@ -54,6 +54,7 @@ class Attached(Visitor):
         self._tensor = self._place.tensor(self.x)
         self._begun: Any = None  # d of an exchange that goes on beside forward and backward
         self._flat, self._attachment, self._conn = flat, attachment, conn
+        self._state = LoopState(rank, flat, attachment, self._place, self._kept)
         self._evaluator = LoopEvaluator(flat, attachment, self._place.device, post)
         self._evaluations = replace(plan.calendar, checkpoint_every=0)
         self._parameters = [id(one) for one in attachment.model.parameters()]
@@ -230,7 +231,7 @@ class Attached(Visitor):
         self._between_t, self._noted = self.t, None
         self._gather_buffers()
         if self._random is not None:
-            self._restore_random(self._random)
+            self._state.restore_random(self._random)
             self._random = None
         self._boundary()
         if not ends:
@@ -321,54 +322,20 @@ class Attached(Visitor):
         """All that belongs to this worker between two steps; the shared vectors are the center's."""
         passing = self._noted or self._passing_state()
         self._adopt()
-        kept = {name: torch.from_numpy(self._place.host(value).copy()) for name, value in self._kept.items()}
-        kept["x"][self._buffers] = passing["buffers"]
-        return {
-            "t": self.t,
-            "kept": kept,
-            "own": passing["own"],
-            "random": passing["random"],
-            "positions": passing["positions"],
-            "optimizers": [one.state_dict() for one in self._attachment.optimizers],
-            "stateful": [one.state_dict() for one in self._attachment.stateful],
-        }
+        return self._state.whole(self.t, passing)
 
     def _passing_state(self) -> dict[str, Any]:
-        """What the forward pass of the next step will change."""
         self.drain()  # while it waits this worker can hold; in what follows torch itself would wait for the device
-        return {
-            "own": self._flat.naming().own,
-            "buffers": torch.from_numpy(self._place.host(self.x[self._buffers]).copy()),
-            "random": random_state() | {"worker": self._attachment.generator.get_state()},
-            "positions": self._attachment.positions.now(),
-        }
-
-    def _restore_random(self, state: dict[str, Any]) -> None:
-        restore_random(state)
-        own, saved = self._attachment.generator, state.get("worker")
-        if saved is not None and len(saved) == len(own.get_state()):  # not if it is of another kind of device
-            own.set_state(saved)
+        return self._state.passing()
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave, in place."""
-        counts = {"optimizer": len(self._attachment.optimizers), "stateful object": len(self._attachment.stateful)}
-        for (what, count), saved in zip(counts.items(), (state["optimizers"], state["stateful"]), strict=True):
-            if count != len(saved):
-                raise Refusal(
-                    f"the saved state of worker {self.rank} is of {len(saved)} {what}s and {count} are attached; "
-                    f"attach the same ones, in the same order."
-                )
-        for name, value in self._kept.items():
-            self._place.load(value, state["kept"][name].numpy())
-        self._attachment.model.load_state_dict(state["own"], strict=False)
+        self._state.restore_model(state)
         self._bind()
         self._steps.load(state["optimizers"])
-        for one, saved in zip(self._attachment.stateful, state["stateful"], strict=True):
-            one.load_state_dict(saved)
-        self._attachment.positions.restore(state["positions"])
+        self._state.restore_rest(state)
         self._random = state["random"]
-        self._restore_random(self._random)
 
     def _save(self, label: int) -> None:
         file = io.BytesIO()

@@ -43,7 +43,7 @@ LAYERS = (
     ("launcher", "referee", "hosted"),
     ("evaluate", "loop"),
     ("worker", "attached"),
-    ("visitor", "loop_evaluator"),
+    ("visitor", "loop_evaluator", "loop_state"),
     ("attachment",),
     ("plan",),
     ("stepping",),
