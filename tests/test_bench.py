@@ -14,13 +14,13 @@ from tests.conftest import unpainted
 
 pytest_plugins = ["tests.fake_cuda"]
 BENCH = Path(__file__).parents[1] / "bench"
-NAMES = ("attach", "buffers", "delay", "exchange", "partial", "simulate", "startup", "throughput", "tune")
+NAMES = ("attach", "buffers", "delay", "examples", "exchange", "partial", "simulate", "startup", "throughput", "tune")
 ON_A_GPU = {  # here on a pretended one; what makes each small
     "kernels": ("--repetitions", 1), "link": ("--mebibytes", 4, "--repetitions", 1),
     "stream_exchange": ("--floats", 5003, "--repetitions", 1, "--workers", 2),
 }  # fmt: skip
 TOO_LONG = {"ordering", "throughput_gpu"}  # to be run by hand on a pretended driver, with --quick
-FRESH = {"startup", "throughput"}  # which start interpreters themselves
+FRESH = {"examples", "startup", "throughput"}  # which start interpreters themselves
 
 
 def run(*words: object) -> str:
