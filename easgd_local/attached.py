@@ -342,7 +342,8 @@ class Attached(Visitor):
         torch.save(self.state(), file)
         name = checkpoint.worker_file(self.rank, "pt")
         folder = checkpoint.partial_folder(self._plan.folder, label)
-        self._post("saved", label, self.t, name, checkpoint.save_bytes(folder, name, file.getbuffer()))
+        digest = checkpoint.save_bytes(folder, name, file.getbuffer())
+        self._post("saved", label, self.t, name, digest, self._counts())
 
     # The center
 

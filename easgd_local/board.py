@@ -80,6 +80,7 @@ class Board:
         self.center: Event | None = None
         self.best: Event | None = None
         self.checkpoint: Event | None = None
+        self.evaluating = False  # whether the center is being evaluated, and nobody steps
 
     def observe(self, event: Event) -> None:
         """Takes over an event of the run."""
@@ -101,7 +102,7 @@ class Board:
 
     def tick(self, clocks: Sequence[int], waiting_for: Mapping[int, int], evaluating: Collection[int]) -> None:
         """The workers' clocks now, who waits for whom, and who is held for an evaluation."""
-        now = self.now()
+        now, self.evaluating = self.now(), bool(evaluating)
         for rank, t in enumerate(clocks):
             row = self.row(rank)
             if row.alive:

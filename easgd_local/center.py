@@ -66,6 +66,7 @@ class Layout:
         """The rows of control words, in the order of their lines. Who writes each is said in `Center`."""
         p, G = self.workers, self.blocks
         launcher = {"abort": 1, "pause": 1, "stop": 1, "leave": 1, "save": 1, "taken": 1, "grant": p * G}
+        launcher |= {"uncounted": G}
         worker = {"clock": p, "earliest_stop": p, "held_ns": p, "held": p, "waiting_for": p}
         worker |= {"request": p, "done": p * G, "read": p}
         return {"turn": G, "visited": G, "updates": G, "updates_snapshot": G} | launcher | worker
@@ -113,6 +114,7 @@ class Center:
     - updates[b]: how many of block b's exchanges were made and not passed; written by the worker that holds the block.
     - updates_snapshot[b]: updates[b] as it was at the latest snapshot; whoever writes the snapshot.
     - read[i]: "worker i has read the center in read[i] rounds"; worker i, or the launcher when it is gone.
+    - uncounted[b]: how many of the turns of block b before this launch were no updates; the launcher, once.
     - abort, pause, stop, leave, save, taken, grant: the launcher. An odd pause asks every worker to hold.
     - clock, earliest_stop, held_ns, held, waiting_for, request, done: worker i its own; of one that is gone the
       launcher clears earliest_stop, held and waiting_for.
@@ -129,6 +131,7 @@ class Center:
     save: Words
     taken: Words
     grant: Words
+    uncounted: Words
     clock: Words
     earliest_stop: Words
     held_ns: Words

@@ -18,9 +18,9 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -34,7 +34,8 @@ _NAME = re.compile(r"step-\d+")  # a copy kept beside it under a longer name is 
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint holds. `clocks[rank]` is the clock of a saved worker; workers that were gone are absent.
-    `config` is the configuration that the states in it belong to."""
+    `config` is the configuration that the states in it belong to. `counts[rank]`, what `Tally` adds up, and
+    `evaluate_s` are of the run from its beginning, like `seconds`."""
 
     t: int
     workers: int
@@ -43,6 +44,8 @@ class Manifest:
     clocks: dict[int, int]
     files: dict[str, str]
     config: dict[str, Any]
+    counts: dict[int, dict[str, float]] = field(default_factory=dict)
+    evaluate_s: float = 0.0
 
 
 def partial_folder(run: Path, t: int) -> Path:
@@ -92,6 +95,15 @@ def commit(run: Path, manifest: Manifest, *, keep: int) -> Path:
     return final
 
 
+class _Saved(NamedTuple):
+    """A worker's part of a checkpoint."""
+
+    clock: int
+    name: str
+    digest: str
+    counts: dict[str, float]
+
+
 class Assembly:
     """The checkpoints of a run that are being put together: the launcher brings the center, each worker its own state.
 
@@ -101,7 +113,7 @@ class Assembly:
     def __init__(self, run: Path, *, config: dict[str, Any], workers: int, n: int, keep: int) -> None:
         self._run, self._config, self._workers, self._n, self._keep = run, config, workers, n, keep
         self._centers: dict[int, Vectors] = {}
-        self._saved: dict[int, dict[int, tuple[int, str, str]]] = {}
+        self._saved: dict[int, dict[int, _Saved]] = {}
         self._complete: set[int] = set()
 
     def add_center(self, t: int, vectors: Vectors) -> None:
@@ -122,28 +134,42 @@ class Assembly:
         """The workers that have brought their part of the checkpoint of step t: all when it is complete."""
         return set(range(self._workers)) if t in self._complete else set(self._saved.get(t, ()))
 
-    def add_worker(self, t: int, rank: int, clock: int, name: str, digest: str) -> None:
-        """Worker `rank` has written its file of the checkpoint of step t at its own clock."""
+    def add_worker(
+        self, t: int, rank: int, clock: int, name: str, digest: str, counts: Mapping[str, float] | None = None
+    ) -> None:
+        """Worker `rank` has written its file of the checkpoint of step t at its own clock, having counted so much."""
         if t not in self._complete:
-            self._saved.setdefault(t, {})[rank] = (clock, name, digest)
+            self._saved.setdefault(t, {})[rank] = _Saved(clock, name, digest, dict(counts or {}))
 
-    def commit(self, joined: Mapping[int, int], seconds: float) -> list[tuple[int, Path]]:
+    def commit(
+        self, joined: Mapping[int, int], seconds: float, *, evaluate_s: float = 0.0,
+        counts: Mapping[int, Mapping[str, float]] | None = None,
+    ) -> list[tuple[int, Path]]:  # fmt: skip
         """Completes the checkpoints to which everybody has brought its part; returns (step, folder) of each.
 
         `joined[rank]` is the clock at which a living worker joined: checkpoints up to that step do not wait for it.
+        `counts` are those of workers that bring no part.
         """
         ready = []
         for t in sorted(self._centers.keys() & self._saved.keys()):
             if {rank for rank, clock in joined.items() if clock < t} <= self._saved[t].keys():
                 ready.append(t)
         self._complete.update(ready)
-        return [(t, self._write(t, self._centers.pop(t), self._saved.pop(t), seconds)) for t in ready]
+        found = []
+        for t in ready:
+            saved, vectors = self._saved.pop(t), self._centers.pop(t)
+            counted = {rank: dict(one) for rank, one in (counts or {}).items()}
+            counted |= {rank: one.counts for rank, one in saved.items()}
+            found.append((t, self._write(t, vectors, saved, seconds=seconds, counts=counted, evaluate_s=evaluate_s)))
+        return found
 
-    def _write(self, t: int, vectors: Vectors, saved: dict[int, tuple[int, str, str]], seconds: float) -> Path:
-        files = {name: digest for _, name, digest in saved.values()}
+    def _write(self, t: int, vectors: Vectors, saved: dict[int, _Saved], **known: Any) -> Path:
+        files = {one.name: one.digest for one in saved.values()}
         files["center.safetensors"] = save_vectors(partial_folder(self._run, t), "center.safetensors", vectors)
-        clocks = {rank: clock for rank, (clock, _, _) in saved.items()}
-        manifest = Manifest(t, self._workers, self._n, seconds, clocks, files, self._config)
+        clocks = {rank: one.clock for rank, one in saved.items()}
+        manifest = Manifest(
+            t=t, workers=self._workers, n=self._n, clocks=clocks, files=files, config=self._config, **known
+        )
         return commit(self._run, manifest, keep=self._keep)
 
 
@@ -178,7 +204,8 @@ def read(folder: Path) -> Manifest:
         digest = body.pop("sha256")
         if digest != _digest_of(body):
             raise ValueError("digest")
-        body["clocks"] = {int(rank): t for rank, t in body["clocks"].items()}
+        for name in ("clocks", "counts"):
+            body[name] = {int(rank): value for rank, value in body.get(name, {}).items()}
         manifest = Manifest(**body)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: the checkpoint's manifest is missing or damaged; {_remedy(folder)}") from error

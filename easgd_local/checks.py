@@ -8,7 +8,7 @@ from pathlib import Path
 from easgd_local import checkpoint, data, hardware
 from easgd_local.config import Config, differences, refuse_change
 from easgd_local.data import Dataset
-from easgd_local.runfolder import saved_config
+from easgd_local.runfolder import saved_config, saved_summary
 
 
 def gpu_flags(config: Config) -> None:
@@ -46,12 +46,17 @@ def newest_checkpoint(config: Config, run: Path) -> checkpoint.Manifest:
 
 
 def work_left(config: Config, steps: int, t: int, run: Path) -> None:
-    """`ValueError` where a run of so many steps, taken up at t, would have nothing to do."""
-    name = "steps" if config.epochs is None else "epochs"
-    if steps <= t:
+    """`ValueError` where a run of so many steps, taken up at t, would have nothing to do, or is done already."""
+    name, summary = "steps" if config.epochs is None else "epochs", saved_summary(run)
+    if steps < t or (steps == t and summary):  # without a summary it was killed before it could conclude
         raise ValueError(
             f"{name}={getattr(config, name)}: the run in {run} has its newest checkpoint at step {t}, so nothing is "
             f"left to do; give more --{name}."
+        )
+    if summary.get("status") == "done" and summary.get("steps", 0) >= steps:
+        raise ValueError(
+            f"{name}={getattr(config, name)}: the run in {run} is done, so nothing is left to do; give more --{name}, "
+            f"which go on from its newest checkpoint, at step {t}."
         )
 
 

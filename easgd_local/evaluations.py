@@ -16,14 +16,15 @@ class Evaluations:
     """What is asked about the center, and the latest answer: `scores` of step `t`, and the buffers that were computed
     anew for it. `seconds` is the time of all of them."""
 
-    def __init__(self, center: Center, chronicle: Chronicle, t: int) -> None:
+    def __init__(self, center: Center, chronicle: Chronicle, t: int, seconds: float) -> None:
         self._center, self._chronicle = center, chronicle
         self.due: When | None = None  # waits for the workers to hold
         self.asked: When | None = None  # under way
         self.evaluator: Child | None = None  # who was asked
         self.scores: dict[str, Any] = {}
         self.buffers: Vector | None = None
-        self.t, self.seconds = t, 0.0
+        self._first_loss: float | None = None
+        self.t, self.seconds = t, seconds
 
     def ask(self, evaluator: Child | None, round: int, t: int) -> None:
         """Asks about the snapshot as it is; where nobody evaluates, it is as good as read."""
@@ -48,9 +49,18 @@ class Evaluations:
             return False
         (round, self.t), self.asked = self.asked, None
         self.scores, self.buffers = scores, buffers
+        if self._first_loss is None:
+            self._first_loss = scores.get("train_loss")
         self.seconds += took_s
         self._chronicle.event("center", t=self.t, round=round, evaluate_s=took_s, **scores)
         return True
+
+    def risen(self) -> str:
+        """Says so where the center's training loss is now above that of the first evaluation; else ""."""
+        first, last = self._first_loss, self.scores.get("train_loss")
+        if first is None or last is None or last <= first:
+            return ""
+        return f"the center's training loss is {last:.3g} at the end, above the {first:.3g} of the beginning"
 
     def forget(self) -> None:
         """Nobody waits for an answer any more, and no evaluation is due."""

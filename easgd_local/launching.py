@@ -201,11 +201,11 @@ def prepare(
     check_room(plan, 0 if graphics else own_vectors)
     warnings = [*said, *plan.rule.warnings(config.workers, turns=plan.turns)]
     with Center.create(plan.layout) as center:
-        t, seconds = proposal.t, 0.0
+        t, seconds, evaluate_s = proposal.t, 0.0, 0.0
         starts = {rank: Start(t) for rank in range(config.workers)}
         if found is not None:
             path, manifest = found
-            t, seconds = manifest.t, manifest.seconds
+            t, seconds, evaluate_s = manifest.t, manifest.seconds, manifest.evaluate_s
             starts = restore(center, plan, manifest, path, warnings)
         set_turns(center, plan.calendar.rounds_before(t))
         filler = children[0] if found is None else None  # a restored center has its values
@@ -213,7 +213,7 @@ def prepare(
             fill(launcher, filler, center, plan, starts[0])
         write_config(folder, agreed.to_json(), _effective(plan))
         yield Gathered(
-            agreed, plan, center, proposal, starts, t, seconds, warnings, children, filler, start_again
+            agreed, plan, center, proposal, starts, t, seconds, evaluate_s, warnings, children, filler, start_again
         )  # fmt: skip
 
 

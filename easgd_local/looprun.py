@@ -31,6 +31,7 @@ class Gathered:
     starts: dict[int, Start]
     t: int
     seconds: float
+    evaluate_s: float
     warnings: list[str]
     workers: list[Child]
     filler: Child | None

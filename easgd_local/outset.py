@@ -59,8 +59,20 @@ def restore(
         names = ", ".join(map(str, dead))
         warnings.append(f"worker {names} had died before the checkpoint and starts again from the center.")
     t, drawn = manifest.t, manifest.t * manifest.workers // workers  # as many samples in all
-    saved_in = dict.fromkeys(clocks, folder)
-    return {rank: Start(clocks.get(rank, t), saved_in.get(rank), run_t=t, drawn=drawn) for rank in ranks}
+    saved_in, done = dict.fromkeys(clocks, folder), _done(manifest, workers)
+    return {
+        rank: Start(clocks.get(rank, t), saved_in.get(rank), run_t=t, drawn=drawn, done=done[rank]) for rank in ranks
+    }
+
+
+def _done(manifest: checkpoint.Manifest, workers: int) -> list[dict[str, float]]:
+    """What was counted before, by rank; each worker also takes over the counts of ranks that there are no more."""
+    done: list[dict[str, float]] = [{} for _ in range(workers)]
+    for rank, counts in sorted(manifest.counts.items()):
+        mine = done[rank % workers]
+        for name, value in counts.items():
+            mine[name] = mine.get(name, 0) + value
+    return done
 
 
 def copy_center(center: Center, names: list[str]) -> None:
@@ -70,7 +82,8 @@ def copy_center(center: Center, names: list[str]) -> None:
 
 
 def set_turns(center: Center, rounds: int) -> None:
-    """As many rounds are over."""
+    """As many rounds are over, with the updates that are counted."""
     for b in range(center.layout.blocks):
         center.turn[b] = rounds * center.layout.workers
+        center.uncounted[b] = center.turn[b] - center.updates[b]
     center.taken[0] = rounds

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from easgd_local import faults
@@ -48,7 +49,7 @@ class Start:
 
     `run_t` is the step of the run, whose rounds it makes from here on, where its own clock differs: the loops of users
     need not all be equally long. One that `joins` a run under way, in place of a worker that died, is told its clock
-    when it is ready.
+    when it is ready. `done` is what a worker of this rank has counted before, see `summary.Tally`.
     """
 
     t: int = 0
@@ -56,3 +57,4 @@ class Start:
     joins: bool = False
     run_t: int | None = None
     drawn: int | None = None  # how many batches a worker had drawn that there was in its place
+    done: Mapping[str, float] = field(default_factory=dict)

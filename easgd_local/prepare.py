@@ -49,6 +49,7 @@ class Prepared:
     starts: dict[int, Start]
     t: int
     seconds: float
+    evaluate_s: float
     warnings: list[str]
     lock_fd: int
 
@@ -117,18 +118,21 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
         if manifest is None or resume is None:
             _start(center, plan, flat)
             starts, t, seconds = {rank: Start() for rank in range(plan.layout.workers)}, 0, 0.0
+            evaluate_s = 0.0
             plan = replace(
                 plan, folder=claim(config.out, config.rule.name, config.to_json(), _effective(plan, dataset, curvature))
             )
             lock_fd = lock(plan.folder, undo)
         else:
             starts = restore(center, plan, manifest, checkpoint.steps(resume)[-1], warnings)
-            t, seconds = manifest.t, manifest.seconds
+            t, seconds, evaluate_s = manifest.t, manifest.seconds, manifest.evaluate_s
             plan = replace(plan, folder=resume)
             write_config(resume, config.to_json(), _effective(plan, dataset, curvature))
         set_turns(center, plan.calendar.rounds_before(t))
         undo.pop_all()
-    return Prepared(config, plan, flat, center, data_fd, description, starts, t, seconds, warnings, lock_fd)
+    return Prepared(
+        config, plan, flat, center, data_fd, description, starts, t, seconds, evaluate_s, warnings, lock_fd
+    )
 
 
 def load(config: Config) -> Dataset:

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,22 @@ from easgd_local.summary import Clock, Ready, Tally, is_finite, summarize
 from easgd_local.whole_file import whole_file
 
 IDLE_S, BUSY_S = 0.02, 0.002
+HOPELESS = 5  # exchanges of all workers, one after the other, with values that were not finite
+
+
+@dataclass
+class Reloads:
+    """How often a worker was reloaded from the center, and at how many exchanges one after the other."""
+
+    times: int = 0
+    in_a_row: int = 0
+    _last_t: int = -1
+
+    def add(self, t: int, tau: int) -> None:
+        """Once more, at clock t; exchanges are τ steps apart."""
+        self.times += 1
+        self.in_a_row = self.in_a_row + 1 if self._last_t >= 0 and t - self._last_t <= tau else 1
+        self._last_t = t
 
 
 class Run:
@@ -43,8 +60,8 @@ class Run:
         self._in_rounds = self._plan.in_rounds
         self._clock = Clock(prepared.seconds)
         self._chronicle = Chronicle(prepared, self._clock, listeners)
-        self._tallies = [Tally(rank) for rank in self._ranks]
-        self._reloads = [0] * len(self._tallies)  # how often a worker's values were not finite
+        self._tallies = [Tally.of(rank, prepared.starts[rank]) for rank in self._ranks]
+        self._reloads = [Reloads() for _ in self._ranks]
         self._joined = dict.fromkeys(self._ranks, -1)  # the clock at which a worker joined a run under way
         self._workers: dict[int, Child] = {}
         self._assembly = checkpoint.Assembly(
@@ -56,7 +73,7 @@ class Run:
         )
         self._next_round = self._calendar.next_snapshot(self._calendar.rounds_before(prepared.t))
         self._mean_t = prepared.t
-        self._evaluations = Evaluations(self._center, self._chronicle, prepared.t)
+        self._evaluations = Evaluations(self._center, self._chronicle, prepared.t, prepared.evaluate_s)
         self._interrupts, self._stop_reason, self._stop_t = 0, "", -1
         self._held, self._diverged, self._abandoned = False, False, False
         self._set_out_s = 0.0  # when the workers set out for the round, or clock, that is waited for
@@ -200,12 +217,16 @@ class Run:
     def _conclude(self) -> dict[str, Any]:
         if not is_finite(self._prepared):
             self._chronicle.warn("the center holds values that are not finite.")
-        for rank, times in enumerate(self._reloads):
-            if times:
-                often = "once" if times == 1 else f"{times} times"
+        for rank, reloads in enumerate(self._reloads):
+            if reloads.times:
+                often = "once" if reloads.times == 1 else f"{reloads.times} times"
                 self._chronicle.warn(
                     f"worker {rank} was reloaded from the center {often}, as its values were not finite."
                 )
+        if self._finished() and not self._diverged and (risen := self._evaluations.risen()):
+            self._chronicle.warn(
+                f"{risen}: the run has not learned, or has diverged; try less than lr={self._plan.rule.lr}."
+            )
         evaluations = self._evaluations
         summary: dict[str, Any] = {"status": self._status(), "interrupts": self._interrupts} | summarize(
             self._prepared, self._tallies, evaluations.scores, seconds=self._clock.seconds,
@@ -238,7 +259,8 @@ class Run:
     def _step(self, timeout_s: float) -> None:
         for child, message in self._launcher.poll(timeout_s):
             self._hear(child, message)
-        self._chronicle.show(evaluating=list(self._workers) if self._held else [])
+        evaluates = self._held or (self._evaluations.asked is not None and not self._clock.runs)
+        self._chronicle.show(evaluating=self._ranks if evaluates else [])
 
     def _hear(self, one: Child, message: Message) -> None:
         match message, one.rank:
@@ -258,12 +280,14 @@ class Run:
                 if text not in self._chronicle.warnings:
                     self._chronicle.warn(text)
             case ("event", "nonfinite", values), int(rank):
-                self._reloads[rank] += 1
-                self._chronicle.event("nonfinite", rank=rank, times=self._reloads[rank], **values)
+                self._reloads[rank].add(values["t"], self._calendar.tau)
+                self._chronicle.event("nonfinite", rank=rank, times=self._reloads[rank].times, **values)
+                self._watch_reloads()
             case ("ready",), int(rank) if self._tallies[rank].state == "starting":
                 self._readmit(rank)
-            case ("saved", label, clock, name, digest), int(rank):
-                self._assembly.add_worker(label, rank, clock, name, digest)
+            case ("saved", label, clock, name, digest, counts), int(rank):
+                counted = self._tallies[rank].with_predecessors(counts)
+                self._assembly.add_worker(label, rank, clock, name, digest, counted)
                 self._commit()
             case (("finished" | "stopped") as state,), int(rank):
                 self._tallies[rank].state = state
@@ -284,8 +308,7 @@ class Run:
 
     def _worker_died(self, rank: int, cause: str) -> None:
         t, tally, policy = self._center.clock[rank], self._tallies[rank], self._prepared.config.on_failure
-        made_a_step = t > (tally.steps if tally.predecessors else self._prepared.t)
-        tally.state, tally.steps = "died", t
+        made_a_step, tally.state, tally.steps = t > tally.first_t, "died", t
         self._failures.append({"rank": rank, "t": t, "cause": cause})
         self._chronicle.event("death", rank=rank, t=t, cause=cause)
         if policy == "stop":
@@ -303,7 +326,8 @@ class Run:
             self._referee.retire(rank)
             self._launcher.kill(self._workers[rank])
             return
-        self._tallies[rank].state, self._tallies[rank].steps, self._joined[rank] = "training", t, t
+        tally = self._tallies[rank]
+        tally.state, tally.steps, tally.first_t, self._joined[rank] = "training", t, t, t
         self._chronicle.event("respawn", rank=rank, t=t)
         self._workers[rank].tell(t)
 
@@ -427,15 +451,25 @@ class Run:
         if not self._evaluations.answer(scores, buffers, took_s):
             return
         if not math.isfinite(scores.get("train_loss", 0.0)) and not self._diverged:
-            self._diverged = True
-            self._stop_reason = self._stop_reason or "diverged"
-            self._chronicle.warn(
-                f"the center's training loss is not finite: diverged; try less than lr={self._plan.rule.lr}."
-            )
+            self._diverge("the center's training loss is not finite")
+
+    def _watch_reloads(self) -> None:
+        """Workers that all take over the center at every exchange, and bring it nothing, train no more."""
+        far = HOPELESS * self._calendar.tau
+        lately = [self._reloads[rank].in_a_row for rank in self._training() if self._center.clock[rank] >= far]
+        if lately and len(lately) == len(self._training()) and min(lately) >= HOPELESS and not self._diverged:
+            self._diverge(f"the values of all workers were not finite in {HOPELESS} exchanges one after the other")
+
+    def _diverge(self, seen: str) -> None:
+        self._diverged = True
+        self._stop_reason = self._stop_reason or "diverged"
+        self._chronicle.warn(f"{seen}: diverged; try less than lr={self._plan.rule.lr}.")
 
     def _commit(self) -> None:
         joined = {rank: self._joined[rank] for rank in self._workers if self._tallies[rank].state != "starting"}
-        for t, folder in self._assembly.commit(joined, self._clock.seconds):
+        counts = {rank: tally.counts for rank, tally in enumerate(self._tallies)}
+        seconds, evaluate_s = self._clock.seconds, self._evaluations.seconds
+        for t, folder in self._assembly.commit(joined, seconds, evaluate_s=evaluate_s, counts=counts):
             self._chronicle.event("checkpoint", t=t, path=str(folder))
 
     # What others ask of it

@@ -111,6 +111,15 @@ def saved_values(folder: Path, asked: str = "resume") -> dict[str, Any]:
     return _read(folder, dict, asked)
 
 
+def saved_summary(folder: Path) -> dict[str, Any]:
+    """What an earlier run says of its end; {} where it came to none, or what it says is damaged."""
+    try:
+        found = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def saved_pictures(folder: Path, asked: str) -> Pictures:
     """What an earlier run of the built-in loop was about; `ValueError` if the folder holds none."""
     return _read(folder, Pictures.of, asked, "effective")

@@ -141,13 +141,14 @@ class StreamTurns(Waiting):
 
 
 class _StreamRounds(StreamTurns):
-    """The orders with common rounds; see `turns._Rounds`. `update` counts turns, whether they were made or passed."""
+    """The orders with common rounds; see `turns._Rounds`. `update` counts the turns of this launch, whether they were
+    made or passed, on top of the updates that were made before."""
 
     def _visit(self, b: int, place: int, snapshot: bool) -> Iterator[slice]:
         """One block: yields it to be enqueued when `place` others have visited it in this round."""
         s, last = self.round * self.workers + place, place == self.workers - 1
         block = self._take_block(b, "turn", b, s)
-        self.update = s + 1
+        self.update = s + 1 - self.center.uncounted[b]
         with self._ops.on(self._link.lane):
             yield block
         if self._close is not None and last:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,12 +28,14 @@ class Settings(Protocol):
 class Ready(Protocol):
     """What a run starts from, whoever wrote the training loop.
 
-    `starts` says by rank where each worker takes up, `t` and `seconds` what a resumed run has behind it.
+    `starts` says by rank where each worker takes up; `t`, `seconds` of training and `evaluate_s` of evaluation are what
+    a resumed run has behind it.
     """
 
     starts: dict[int, Start]
     t: int
     seconds: float
+    evaluate_s: float
     warnings: list[str]
 
     @property
@@ -70,6 +72,11 @@ class Clock:
             self._since = 0.0
 
     @property
+    def runs(self) -> bool:
+        """Whether the workers step."""
+        return self._since != 0.0
+
+    @property
     def seconds(self) -> float:
         return self._before + (time.perf_counter() - self._since if self._since else 0.0)
 
@@ -79,41 +86,59 @@ ADDED = ("samples", "exchanges", "wait_s", "exchange_s")
 
 @dataclass
 class Tally:
-    """What is known of one worker, from its own reports. `state`: starting, training, finished, stopped or died."""
+    """What is known of one worker, from its own reports. `state`: starting, training, finished, stopped or died.
+
+    It took up at clock `first_t`. Its counts go on from those of its predecessors of this rank: workers that died, or
+    those before the run was resumed.
+    """
 
     rank: int
     state: str = "training"
     steps: int = 0
+    first_t: int = field(default=0, repr=False)
     samples: int = 0
     exchanges: int = 0
     wait_s: float = 0.0
     exchange_s: float = 0.0
     waited_for_s: list[float] = field(default_factory=list)
     staleness: int | None = None  # updates by others between two visits of a block, at most
-    predecessors: Tally | None = field(default=None, repr=False)
+    before: dict[str, float] = field(default_factory=dict, repr=False)  # the predecessors' counts
+
+    @classmethod
+    def of(cls, rank: int, start: Start) -> Tally:
+        """Of a worker that takes up there."""
+        return cls(rank, "training", 0, start.t, before=dict(start.done), **start.done)  # type: ignore[arg-type]
 
     def count(self, values: dict[str, Any]) -> None:
-        """Takes over what a worker's report says, on top of what its predecessors of this rank had done."""
+        """Takes over what a worker's report says."""
         self.steps = values["t"]
-        for name in ADDED:
-            setattr(self, name, getattr(self.predecessors, name, 0) + values[name])
+        for name, value in self.with_predecessors(values).items():
+            setattr(self, name, value)
         for name in ("waited_for_s", "staleness"):
             setattr(self, name, values[name])
 
+    def with_predecessors(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """These counts of the worker on top of what its predecessors had done."""
+        return {name: self.before.get(name, 0) + counts[name] for name in ADDED}
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """What this rank has done in all."""
+        return {name: getattr(self, name) for name in ADDED}
+
     def replaced(self) -> Tally:
         """That of the worker that takes the place of this one."""
-        done = {name: getattr(self, name) for name in ADDED}
-        return Tally(self.rank, "starting", self.steps, **done, predecessors=replace(self, predecessors=None))
+        return Tally(self.rank, "starting", self.steps, self.steps, before=self.counts, **self.counts)  # type: ignore[arg-type]
 
 
 def summarize(
     prepared: Ready, tallies: Sequence[Tally], scores: dict[str, float], *, seconds: float, **known: Any
 ) -> dict[str, Any]:
-    """The content of summary.json. Rates are over the seconds of this launch; a resumed run has earlier ones too."""
-    plan, spent = prepared.plan, seconds - prepared.seconds
-    reports = [asdict(tally) | {"samples_per_s": tally.samples / spent if spent else None} for tally in tallies]
+    """The content of summary.json: of the run from its beginning, also where it was resumed."""
+    plan = prepared.plan
+    reports = [asdict(tally) | {"samples_per_s": tally.samples / seconds if seconds else None} for tally in tallies]
     for report in reports:
-        del report["predecessors"]
+        del report["before"], report["first_t"]
     samples = sum(tally.samples for tally in tallies)
     return {
         "rule": plan.rule.name,
@@ -124,7 +149,7 @@ def summarize(
         "exchanges": sum(tally.exchanges for tally in tallies),
         "seconds": seconds,
         "samples": samples or None,  # a loop of the user's may not say
-        "samples_per_s": samples / spent if spent and samples else None,
+        "samples_per_s": samples / seconds if seconds and samples else None,
         "wait_s": sum(tally.wait_s for tally in tallies),
         "exchange_s": sum(tally.exchange_s for tally in tallies),
         **{name: scores.get(name) for name in ("train_loss", "test_loss", "test_error")},

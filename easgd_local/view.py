@@ -84,7 +84,9 @@ class Screen:
         table.add_column("state", min_width=20, no_wrap=True)
         for row in rows:
             color = "red" if row.state == "died" else "blue"
-            bar = ProgressBar(total=steps, completed=row.t, style="bright_black", complete_style=color) if steps else ""
+            bar: RenderableType = ""
+            if steps:
+                bar = ProgressBar(steps, row.t, style="bright_black", complete_style=color, finished_style=color)
             rate = "-" if row.samples_per_s is None else count_text(row.samples_per_s)
             waiting = "-" if row.waiting is None else f"{100 * row.waiting:.0f} %"
             state = Text(row.state, STYLES.get(row.state, "yellow"))
@@ -123,7 +125,8 @@ class Lines:
         self.board.tick(clocks, waiting_for or {}, evaluating)
         if self.board.now() - self.printed >= LINE_EVERY_S:
             steps = _range([row.t for row in self.board.rows.values()], count_text, "workers at step")
-            self._print(", ".join([steps, *self._losses(), *self.board.rate_facts(), *self.board.time_facts()[1:]]))
+            facts = ["evaluating the center"] if self.board.evaluating else self.board.time_facts()[1:]
+            self._print(", ".join([steps, *self._losses(), *self.board.rate_facts(), *facts]))
 
     def _losses(self) -> list[str]:
         losses = [row.loss for row in self.board.rows.values() if row.alive and row.loss is not None]

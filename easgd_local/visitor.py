@@ -270,7 +270,7 @@ class Visitor:
         folder, name = checkpoint.partial_folder(self._plan.folder, label), checkpoint.worker_file(self.rank)
         kept = {one: self._place.host(value) for one, value in self._kept.items()}
         digest = checkpoint.save_vectors(folder, name, kept)
-        self._post("saved", label, self.t, name, digest)
+        self._post("saved", label, self.t, name, digest, self._counts())
 
     # What it tells
 
@@ -291,6 +291,13 @@ class Visitor:
         """Samples in a step of this worker; None where nobody has said."""
         return None
 
+    def _counts(self) -> dict[str, float]:
+        """What this process has done, as `summary.Tally` adds it up."""
+        samples = self._made * (self.samples_per_step or 0)
+        return {
+            "samples": samples, "exchanges": self._exchanges, "wait_s": self._turns.wait_s, "exchange_s": self._turns_s
+        }  # fmt: skip
+
     def _report(self) -> None:
         now, steps = time.perf_counter(), self._made - self._reported
         if not steps:
@@ -298,10 +305,8 @@ class Visitor:
         samples = self.samples_per_step
         self._post(
             "event", "worker", t=self.t, loss=float(self._losses) / self._losses_known if self._losses_known else None,
-            samples=self._made * (samples or 0),
             samples_per_s=None if samples is None else steps * samples / (now - self._reported_at),
-            wait_s=self._turns.wait_s, exchange_s=self._turns_s, exchanges=self._exchanges,
-            waited_for_s=self._turns.waited_for_s,
+            **self._counts(), waited_for_s=self._turns.waited_for_s,
             staleness=None if self._plan.turns == "none" else self._turns.stale,
         )  # fmt: skip
         self._losses, self._losses_known, self._reported, self._reported_at = 0.0, 0, self._made, now

@@ -101,7 +101,7 @@ def offsets_bytes(center: Center, name: str) -> list[int]:
 def test_every_control_word_has_a_line_of_its_own():
     with Center.create(Layout(2, 31)) as center:
         places = [place for name in center.layout.word_counts for place in offsets_bytes(center, name)]
-        assert len(places) == sum(center.layout.word_counts.values()) == 4 * 2 + 6 + 4 + 6 * 2 + 4 + 2
+        assert len(places) == sum(center.layout.word_counts.values()) == 5 * 2 + 6 + 4 + 6 * 2 + 4 + 2
         assert LINE_BYTES == 128 and all(place % LINE_BYTES == 0 for place in places)
         assert len(set(places)) == len(places)
         assert min(places) == PAGE and max(places) < center.layout.vectors_offset_bytes  # header before, vectors after

@@ -17,7 +17,7 @@ from easgd_local.compare.rivals import DDP, PostLocalSGD
 from easgd_local.config import Config
 from easgd_local.faults import Fault
 from easgd_local.rules.apam import APAM
-from easgd_local.rules.downpour import Downpour
+from easgd_local.rules.downpour import ADownpour, Downpour
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.easgd import EASGD
 from easgd_local.rules.localsgd import LocalSGD
@@ -32,6 +32,11 @@ Runner = Callable[..., dict[str, Any]]
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_CUDA_JITTER_US", "100")
+
+
+def exported(folder: str | Path) -> bytes:
+    """What a run reports, which is not always c."""
+    return Path(folder, "center.safetensors").read_bytes()
 
 
 def config_of(summary: dict[str, Any]) -> dict[str, Any]:
@@ -234,6 +239,23 @@ def test_a_run_without_operations_on_words_waits_by_kernels(run: Runner, monkeyp
     summary = run(workers=2, steps=20, device="cuda")
     assert config_of(summary)["words"] == "kernels"
     assert summary["center_sha256"] == expected["center_sha256"]
+
+
+@pytest.mark.parametrize("rule", [APAM(), ADownpour(lr=0.02)], ids=lambda rule: rule.name)
+def test_updates_are_counted_as_on_the_cpu_though_the_number_of_workers_has_changed(rule: Any, run: Runner) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        first = run(rule=rule, workers=2, steps=6, checkpoint_every=6, device=device)
+        values = {"workers": 3, "steps": 12, "checkpoint_every": 6, "device": device}
+        found.append(exported(run(rule=rule, **values, resume=first["folder"])["folder"]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_rule_that_counts_updates_averages_in_a_loop_what_it_does_on_the_cpu(workers: int, launch: Any) -> None:
+    loop = functools.partial(loops.bare, rule=ADownpour(tau=2))
+    on_cpu, on_gpu = (launch(loop, workers=workers, device=device) for device in ("cpu", "cuda"))
+    assert exported(on_gpu.folder) == exported(on_cpu.folder)
 
 
 @pytest.mark.parametrize("rule", [DDP(), PostLocalSGD(tau=3, ddp_steps=3)], ids=lambda rule: rule.name)

@@ -175,6 +175,21 @@ def test_a_run_that_diverges_stops_says_so_and_leaves_no_checkpoint_of_the_ruin(
     assert not list(Path(summary["folder"], "checkpoints").glob("*"))
 
 
+def test_a_run_of_which_no_worker_can_compute_anything_stops_as_diverged(run: Runner) -> None:
+    summary = run(rule=EAMSGD(tau=3, lr=5e4), steps=2000, eval_every=500)
+    assert summary["status"] == "failed"
+    assert summary["steps"] < 200
+    said = "the values of all workers were not finite in 5 exchanges one after the other: diverged; try less than lr="
+    assert any(warning.startswith(said) for warning in summary["warnings"]), summary["warnings"]
+
+
+def test_a_run_that_ends_worse_than_it_began_says_so(run: Runner) -> None:
+    summary = run(rule=EAMSGD(tau=3, lr=3.0), steps=60)
+    assert summary["status"] == "done"
+    (warning,) = [one for one in summary["warnings"] if "at the end, above" in one]
+    assert warning.endswith("of the beginning: the run has not learned, or has diverged; try less than lr=3.0.")
+
+
 # Replacements
 
 

@@ -158,6 +158,7 @@ def test_every_rule_resumes_from_a_checkpoint_to_the_same_bits(name: str, run: R
     folder = shutil.copytree(whole["folder"], tmp_path / "again")
     for later in checkpoint.steps(folder)[1:]:
         shutil.rmtree(later)
+    Path(folder, "summary.json").unlink()  # as if it had been killed
     second = run(**values, checkpoint_every=13, resume=str(folder))
     assert second["center_sha256"] == whole["center_sha256"]
     exported = [safetensors.torch.load_file(Path(one["folder"], "center.safetensors")) for one in (whole, second)]
@@ -336,7 +337,10 @@ def test_a_run_interrupted_and_resumed_gives_the_same_center(
     assert 100 < first["steps"] < 400
     second = run(**values, resume=str(folder))
     assert second["status"] == "done"
-    assert second["center_sha256"] == whole["center_sha256"]
+    for name in ("center_sha256", "steps", "samples", "exchanges"):  # of the whole run, like its seconds
+        assert second[name] == whole[name], name
+    assert second["seconds"] > first["seconds"] and second["evaluate_s"] > first["evaluate_s"]
+    assert [one["exchanges"] for one in second["worker_reports"]] == [-(-400 // tau)] * workers
     steps = [event["t"] for event in metrics.read(folder) if event["kind"] == "center"]
     assert steps == sorted(set(steps))  # the log goes on where it stopped, nothing twice
 
@@ -347,8 +351,27 @@ def test_a_run_goes_on_from_a_periodic_checkpoint_with_more_steps_as_if_it_had_n
     assert [path.name for path in sorted(Path(short["folder"], "checkpoints").iterdir())] == [
         "step-00000015", "step-00000030", "step-00000040",
     ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"^steps=40: the run in .*, so nothing is left to do; give more --steps"):
+        run(steps=40, checkpoint_every=15, resume=short["folder"])
     longer = run(steps=64, checkpoint_every=15, resume=short["folder"])
     assert longer["center_sha256"] == whole["center_sha256"]
+
+
+def test_a_run_that_is_done_since_its_last_checkpoint_is_not_trained_again(run: Runner) -> None:
+    first = run(steps=40, checkpoint_every=15)
+    shutil.rmtree(Path(first["folder"], "checkpoints", "step-00000040"))
+    with pytest.raises(ValueError, match=r"^steps=40: the run in .* is done, .* its newest checkpoint, at step 30\.$"):
+        run(steps=40, checkpoint_every=15, resume=first["folder"])
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_concludes_when_resumed(run: Runner) -> None:
+    first = run(steps=40, checkpoint_every=20)
+    for name in ("summary.json", "center.safetensors", "report.md"):
+        Path(first["folder"], name).unlink()
+    again = run(steps=40, checkpoint_every=20, resume=first["folder"])
+    assert (again["status"], again["samples"]) == ("done", first["samples"])
+    assert again["center_sha256"] == first["center_sha256"] and again["test_error"] == first["test_error"]
+    assert Path(first["folder"], "center.safetensors").exists()
 
 
 def test_a_run_killed_outright_resumes_from_its_last_checkpoint_to_the_same_center(tmp_path: Path, run: Runner) -> None:
@@ -375,6 +398,7 @@ def test_a_run_continues_from_its_center_with_another_number_of_workers(run: Run
     assert second["status"] == "done"
     assert any("3 workers instead of 2" in warning for warning in second["warnings"])
     assert second["test_error"] < 0.2  # the start at the center was a trained one
+    assert second["samples"] == first["samples"] * 5 // 2  # 200 steps of two, 100 of three
 
 
 # What is measured and what is left behind

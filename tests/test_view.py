@@ -169,6 +169,22 @@ def test_a_live_screen_ends_with_its_last_state():
     assert "1,000" in last and "finished" in last
 
 
+def test_a_bar_that_is_full_looks_so():
+    view, _ = screen()
+    view({**START, "workers": 1})
+    view.tick([1000])
+    (bar,) = list(view._bars(view.board.rows.values()).columns)[2].cells
+    assert bar.finished_style == bar.complete_style != bar.style
+
+
+def test_while_the_center_is_evaluated_a_line_says_so():
+    view, clock, file = plain()
+    view({**START, "workers": 2})
+    clock.now += 11
+    view.tick([0, 0], evaluating=[0, 1])
+    assert "workers at step 0, evaluating the center" in file.getvalue()
+
+
 def test_without_a_terminal_there_are_plain_lines():
     assert isinstance(open_view(io.StringIO()), Lines)
     view, _, file = plain()
