@@ -398,7 +398,7 @@ def test_a_run_continues_from_its_center_with_another_number_of_workers(run: Run
     assert second["status"] == "done"
     assert any("3 workers instead of 2" in warning for warning in second["warnings"])
     assert second["test_error"] < 0.2  # the start at the center was a trained one
-    assert second["samples"] == first["samples"] * 5 // 2  # 200 steps of two, 100 of three
+    assert second["samples"] == 8 * (200 * 2 + 100 * 3)
 
 
 # What is measured and what is left behind
