@@ -51,11 +51,13 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train = commands.add_parser(
         "train", help="train a model", argument_default=argparse.SUPPRESS,
-        usage="easgd-local train RULE [--flag VALUE ...]",
+        usage="easgd-local train RULE [--flag VALUE ...], or train --resume RUN",
         description="Trains MODEL on DATA with p workers that meet in a shared center by the algorithm RULE.",
         epilog="Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 interrupted.",
     )  # fmt: skip
-    train.add_argument("rule", metavar="RULE", help=f"the algorithm: {', '.join(RULES)}")
+    train.add_argument(
+        "rule", metavar="RULE", nargs="?", help=f"the algorithm: {', '.join(RULES)}; with --resume it is the run's"
+    )  # fmt: skip
     add_rule_flags(train.add_argument_group("the rule"))
     run = train.add_argument_group("the run")
     add_config_flags(run)
@@ -230,7 +232,8 @@ def _prepare(arguments: dict[str, Any]) -> Prepared:
     run = Path(arguments["resume"]) if "resume" in arguments else None
     # Wrong flags are told before anything slow is imported and any process started.
     config = make_config(given) if run is None else None
-    _hyperparameters(given)
+    if "rule" in given:
+        _hyperparameters(given)
     from easgd_local.launcher import warm_up
 
     warm_up()  # the fork server imports torch while we do
@@ -258,6 +261,8 @@ def make_config(arguments: dict[str, Any]) -> Config:
 
 def _hyperparameters(arguments: dict[str, Any]) -> tuple[type[Rule], dict[str, Any]]:
     """The rule, and the given flags that are its own; `ValueError` for one that only other rules have."""
+    if "rule" not in arguments:
+        raise ValueError(f"RULE is missing: give the algorithm: {', '.join(RULES)}; see easgd-local train --help.")
     if arguments["rule"] in RIVALS:
         raise ValueError(
             f"rule={arguments['rule']}: is PyTorch's own way and no rule; compare rules with it: easgd-local compare "
@@ -285,7 +290,7 @@ def _resumed(saved: Config, run: Path, arguments: dict[str, Any]) -> Config:
     The rule's are refused here: changed, they might not even make a rule.
     """
     values = saved.to_json()
-    rule, hyperparameters = _hyperparameters(arguments)
+    rule, hyperparameters = _hyperparameters({"rule": saved.rule.name} | arguments)
     rest = _rest(arguments)
     refuse_change("rule", saved.rule.name, rule.name, run)
     for name, value in hyperparameters.items():

@@ -37,8 +37,8 @@ def export(run: str, to: str | None = None, step: int | None = None) -> Iterator
     folder = Path(run)
     file = folder / "center.pt" if to is None else Path(to)
     values = saved_values(folder, "run")
-    _check_file(file)
     chosen = _choose(folder, step)
+    _check_file(file)
     network = None
     if chosen.checkpoint is not None or file.suffix == ".pt2":
         if "data" not in values:

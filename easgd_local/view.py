@@ -203,7 +203,7 @@ def summary_table(
         parts.append(Text(f"center_sha256 {summary['center_sha256']}", overflow="fold"))
     if folder is not None:
         if summary.get("status") == "interrupted":
-            go_on = go_on or f"easgd-local train {summary.get('rule')} --resume {folder}"
+            go_on = go_on or f"easgd-local train --resume {folder}"
             if not checkpoint.steps(Path(folder)):
                 go_on = "nothing: it was stopped before there was a checkpoint"
             parts.append(Text(f"{'go on with':<11} {go_on}", overflow="fold"))

@@ -247,7 +247,7 @@ def test_how_to_go_on_with_an_interrupted_run_is_said_where_there_is_a_checkpoin
 
     assert shown() == "go on with  nothing: it was stopped before there was a checkpoint"
     (tmp_path / "checkpoints" / "step-00000012").mkdir(parents=True)
-    assert shown() == f"go on with  easgd-local train {SUMMARY['rule']} --resume {tmp_path}"
+    assert shown() == f"go on with  easgd-local train --resume {tmp_path}"
 
 
 def test_an_empty_summary_is_not_known():

@@ -152,8 +152,8 @@ def _write(contest: Contest) -> Iterator[str | RenderableType]:
         part.write_text(tables.markdown(comparison, found, contest.state), encoding="utf-8")
     common = comparison.template
     heading = (
-        f"{common.model} on {common.data}, p = {_workers(comparison)}; median and range of "
-        f"{'1 seed' if comparison.seeds == 1 else f'{comparison.seeds} seeds'}"
+        f"{common.model} on {common.data}, p = {_workers(comparison)}; "
+        f"{'one seed, so no range' if comparison.seeds == 1 else f'median and range of {comparison.seeds} seeds'}"
     )
     with whole_file(folder / "comparison.png") as part:
         figures.figure(records, comparison.target_error, heading).savefig(part, dpi=110, format="png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from easgd_local import hardware
 from easgd_local.compare.measuring import Record
 from easgd_local.compare.settings import Comparison
 from easgd_local.compare.standing import Spread, Standing, edges
@@ -61,6 +62,16 @@ def notes(comparison: Comparison, standings: Sequence[Standing]) -> list[str]:
             f"sizes, factors of √10 apart around its default{_also(comparison.tune)}, by the test error on seed "
             f"{comparison.tuning_seed}, which is not compared. All trials are in tune.json. As there is no third set "
             f"of samples, errors are a little flattered, all alike."
+        )
+    else:
+        found.append(
+            "Not tuned: an entry without an lr of its own runs at its rule's default, which need not suit this model "
+            "and length; --tune finds each entry's own."
+        )
+    if (most := comparison.most_workers) > hardware.cores() and comparison.common.get("device") != "cuda":
+        found.append(
+            f"{most} workers shared {hardware.cores()} cores, which makes no worker faster: on CPUs compare with "
+            f"--workers {hardware.cores()}."
         )
     return found
 

@@ -44,7 +44,8 @@ def load_imagefolder(data_dir: str | None, *, size: int | None, memory_budget_by
 def _existing(data_dir: str | None) -> Path:
     if data_dir is None:
         raise ValueError(
-            "data_dir=None: an image folder has no default place; give the folder that holds train/ and test/."
+            "data_dir=None: an image folder has no default place; give the folder that holds train/ and test/, with "
+            "--data-dir."
         )
     root = Path(data_dir).expanduser()
     if not root.is_dir():

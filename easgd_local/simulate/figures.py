@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LINES = (BLUE, ORANGE, "#2e8b57", "#7b4fa3", RED, "#5c4a3d", "#c08a00", "#1a1a1a")
 SHARES = {"computing": BLUE, "exchange": ORANGE, "waiting": GREY, "memory in use": "#2e8b57"}
 MOST = len(LINES)
+ROUND_NUMBERS = [one * 10**power for power in range(1, 9) for one in (1, 2, 5)]
 
 
 def runs(found: Sequence[Cell], measure: str, target: float) -> Figure:
@@ -42,8 +43,10 @@ def runs(found: Sequence[Cell], measure: str, target: float) -> Figure:
             decades(ax.yaxis)
         stale.set(xlabel="staleness (updates of a block by others between two visits)", ylabel="share of visits (%)")
         stale.set(xlim=(-0.5, None), ylim=(0, None))
-        if max(max(cell.best.staleness) for cell in shown) > 50:
+        most = max(max(cell.best.staleness) for cell in shown)
+        if most > 50:
             stale.set_xscale("symlog", linthresh=10)
+            stale.set_xticks([0, *(one for one in ROUND_NUMBERS if 10 <= one <= most)])
             stale.xaxis.set_major_formatter(thousands())
         _shares(shares, shown)
         handles: dict[str, Any] = {
