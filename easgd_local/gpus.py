@@ -10,7 +10,7 @@ from easgd_local.launcher import ChildDied, ask
 from easgd_local.link import DEPTH
 from easgd_local.plan import Plan
 
-UNTRIED = "Training on GPUs has been tested on a pretended driver only; --device cuda uses them all the same."
+UNTRIED = "Training on GPUs has been tested on a simulated driver only; --device cuda uses them all the same."
 MPS = "MPS is active, with which easgd_local has never been tried; if a run hangs, stop the MPS daemon."
 
 _compiled: dict[Capability, Images] = {}  # once for all runs of this process
