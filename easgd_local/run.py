@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -23,27 +22,12 @@ from easgd_local.launcher import Child, Launcher, Message
 from easgd_local.metrics import Listener
 from easgd_local.plan import Start
 from easgd_local.referee import NEVER, Referee
+from easgd_local.reloads import HOPELESS, Reloads
 from easgd_local.signals import signals
 from easgd_local.summary import Clock, Ready, Tally, is_finite, summarize
 from easgd_local.whole_file import whole_file
 
 IDLE_S, BUSY_S = 0.02, 0.002
-HOPELESS = 5  # exchanges of all workers, one after the other, with values that were not finite
-
-
-@dataclass
-class Reloads:
-    """How often a worker was reloaded from the center, and at how many exchanges one after the other."""
-
-    times: int = 0
-    in_a_row: int = 0
-    _last_t: int = -1
-
-    def add(self, t: int, tau: int) -> None:
-        """Once more, at clock t; exchanges are τ steps apart."""
-        self.times += 1
-        self.in_a_row = self.in_a_row + 1 if self._last_t >= 0 and t - self._last_t <= tau else 1
-        self._last_t = t
 
 
 class Run:
@@ -61,7 +45,7 @@ class Run:
         self._clock = Clock(prepared.seconds)
         self._chronicle = Chronicle(prepared, self._clock, listeners)
         self._tallies = [Tally.of(rank, prepared.starts[rank]) for rank in self._ranks]
-        self._reloads = [Reloads() for _ in self._ranks]
+        self._reloads = Reloads(len(self._ranks), self._calendar.tau)
         self._joined = dict.fromkeys(self._ranks, -1)  # the clock at which a worker joined a run under way
         self._workers: dict[int, Child] = {}
         self._assembly = checkpoint.Assembly(
@@ -217,12 +201,8 @@ class Run:
     def _conclude(self) -> dict[str, Any]:
         if not is_finite(self._prepared):
             self._chronicle.warn("the center holds values that are not finite.")
-        for rank, reloads in enumerate(self._reloads):
-            if reloads.times:
-                often = "once" if reloads.times == 1 else f"{reloads.times} times"
-                self._chronicle.warn(
-                    f"worker {rank} was reloaded from the center {often}, as its values were not finite."
-                )
+        for sentence in self._reloads.sentences():
+            self._chronicle.warn(sentence)
         if self._finished() and not self._diverged and (risen := self._evaluations.risen()):
             self._chronicle.warn(
                 f"{risen}: the run has not learned, or has diverged; try less than lr={self._plan.rule.lr}."
@@ -280,9 +260,9 @@ class Run:
                 if text not in self._chronicle.warnings:
                     self._chronicle.warn(text)
             case ("event", "nonfinite", values), int(rank):
-                self._reloads[rank].add(values["t"], self._calendar.tau)
-                self._chronicle.event("nonfinite", rank=rank, times=self._reloads[rank].times, **values)
-                self._watch_reloads()
+                self._chronicle.event("nonfinite", rank=rank, times=self._reloads.add(rank, values["t"]), **values)
+                if self._reloads.hopeless(self._training(), self._center.clock.__getitem__):
+                    self._diverge(f"no worker had finite values in {HOPELESS} exchanges one after the other")
             case ("ready",), int(rank) if self._tallies[rank].state == "starting":
                 self._readmit(rank)
             case ("saved", label, clock, name, digest, counts), int(rank):
@@ -450,17 +430,12 @@ class Run:
     def _evaluated(self, scores: dict[str, Any], buffers: Vector | None, took_s: float) -> None:
         if not self._evaluations.answer(scores, buffers, took_s):
             return
-        if not math.isfinite(scores.get("train_loss", 0.0)) and not self._diverged:
+        if not math.isfinite(scores.get("train_loss", 0.0)):
             self._diverge("the center's training loss is not finite")
 
-    def _watch_reloads(self) -> None:
-        """Workers that all take over the center at every exchange, and bring it nothing, train no more."""
-        far = HOPELESS * self._calendar.tau
-        lately = [self._reloads[rank].in_a_row for rank in self._training() if self._center.clock[rank] >= far]
-        if lately and len(lately) == len(self._training()) and min(lately) >= HOPELESS and not self._diverged:
-            self._diverge(f"the values of all workers were not finite in {HOPELESS} exchanges one after the other")
-
     def _diverge(self, seen: str) -> None:
+        if self._diverged:
+            return
         self._diverged = True
         self._stop_reason = self._stop_reason or "diverged"
         self._chronicle.warn(f"{seen}: diverged; try less than lr={self._plan.rule.lr}.")

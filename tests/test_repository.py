@@ -69,7 +69,8 @@ LAYERS = (
     ("backend.*",),
     ("figure_folder",),
     ("argument_types", "signals", "whole_file"),
-    ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition", "randomness"),
+    ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition", "randomness",
+     "reloads"),
 )
 
 
