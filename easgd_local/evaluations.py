@@ -9,6 +9,8 @@ from easgd_local.center import Center
 from easgd_local.chronicle import Chronicle
 from easgd_local.launcher import Child
 
+RISEN = 1.1  # times the loss of the start: more is no noise
+
 When = tuple[int, int]  # the round whose snapshot it is of, -1 for none, and the step that it belongs to
 
 
@@ -23,7 +25,7 @@ class Evaluations:
         self.evaluator: Child | None = None  # who was asked
         self.scores: dict[str, Any] = {}
         self.buffers: Vector | None = None
-        self._first_loss: float | None = None
+        self._first_loss: float | None = None  # at step 0
         self.t, self.seconds = t, seconds
 
     def ask(self, evaluator: Child | None, round: int, t: int) -> None:
@@ -49,16 +51,17 @@ class Evaluations:
             return False
         (round, self.t), self.asked = self.asked, None
         self.scores, self.buffers = scores, buffers
-        if self._first_loss is None:
+        if self.t == 0:
             self._first_loss = scores.get("train_loss")
         self.seconds += took_s
         self._chronicle.event("center", t=self.t, round=round, evaluate_s=took_s, **scores)
         return True
 
     def risen(self) -> str:
-        """Says so where the center's training loss is now above that of the first evaluation; else ""."""
+        """Says so where the center's training loss is now well above that of the start; else, or if that is not known,
+        ""."""
         first, last = self._first_loss, self.scores.get("train_loss")
-        if first is None or last is None or last <= first:
+        if first is None or last is None or last <= RISEN * first:
             return ""
         return f"the center's training loss is {last:.3g} at the end, above the {first:.3g} of the beginning"
 
