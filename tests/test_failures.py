@@ -184,10 +184,10 @@ def test_a_run_of_which_no_worker_can_compute_anything_stops_as_diverged(run: Ru
 
 
 def test_a_run_that_ends_worse_than_it_began_says_so(run: Runner) -> None:
-    summary = run(rule=EAMSGD(tau=3, lr=3.0), steps=60)
+    summary = run(rule=EAMSGD(tau=3, lr=10.0), steps=60)
     assert summary["status"] == "done"
     (warning,) = [one for one in summary["warnings"] if "at the end, above" in one]
-    assert warning.endswith("of the beginning: the run has not learned, or has diverged; try less than lr=3.0.")
+    assert warning.endswith("of the beginning: the run has not learned, or has diverged; try less than lr=10.0.")
 
 
 # Replacements
