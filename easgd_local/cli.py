@@ -49,19 +49,7 @@ def parser() -> argparse.ArgumentParser:
         dest="command", metavar="COMMAND", required=True, parser_class=Parser, title="commands",
         description="easgd-local COMMAND --help describes one of them.",
     )  # fmt: skip
-    train = commands.add_parser(
-        "train", help="train a model", argument_default=argparse.SUPPRESS,
-        usage="easgd-local train RULE [--flag VALUE ...], or train --resume RUN",
-        description="Trains MODEL on DATA with p workers that meet in a shared center by the algorithm RULE.",
-        epilog="Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 interrupted.",
-    )  # fmt: skip
-    train.add_argument(
-        "rule", metavar="RULE", nargs="?", help=f"the algorithm: {', '.join(RULES)}; with --resume it is the run's"
-    )  # fmt: skip
-    add_rule_flags(train.add_argument_group("the rule"))
-    run = train.add_argument_group("the run")
-    add_config_flags(run)
-    run.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
+    _add_train(commands)
     compare = commands.add_parser(
         "compare", help="does it pay? rules and PyTorch's own ways on this machine", argument_default=argparse.SUPPRESS,
         usage=compare_command.USAGE, description=compare_command.DESCRIPTION,
@@ -104,6 +92,22 @@ def parser() -> argparse.ArgumentParser:
         word = "N" if kind is int else "NAME"
         doctor.add_argument(flag(name), type=PARSERS.get(kind, str), default=default, metavar=word, help=text)
     return top
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train", help="train a model", argument_default=argparse.SUPPRESS,
+        usage="easgd-local train RULE [--flag VALUE ...], or train --resume RUN",
+        description="Trains MODEL on DATA with p workers that meet in a shared center by the algorithm RULE.",
+        epilog="Exit codes: 0 done, 1 the run failed, 2 bad usage, 130 interrupted.",
+    )  # fmt: skip
+    train.add_argument(
+        "rule", metavar="RULE", nargs="?", help=f"the algorithm: {', '.join(RULES)}; with --resume it is the run's"
+    )  # fmt: skip
+    add_rule_flags(train.add_argument_group("the rule"))
+    run = train.add_argument_group("the run")
+    add_config_flags(run)
+    run.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
