@@ -44,8 +44,8 @@ CHECKED_FLOATS, CHECKED_BLOCK_BYTES = 100_003, 64 << 10
 ALPHA = 0.45
 HOLD_CYCLES = 1_000_000  # about half a millisecond
 HOST_CYCLES_PER_S, MOST_HOLDS = 4e9, 4  # no GPU's clock is that fast
-MOST_HOLD_CYCLES = 200_000_000  # a tenth of a second
-MOST_BLOCKS = 500  # in a sequence: all of it fits into the device's queue, so that the host is not what is timed
+MOST_HOLD_CYCLES = 200_000_000  # a tenth of a second at 2 GHz
+MOST_BLOCKS = 500  # in a sequence, that it may fit into the device's queue: else the host is what is timed
 NO_GPU = 2  # exit code
 
 Enqueue = Callable[[], None]
