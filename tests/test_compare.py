@@ -163,6 +163,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     (["msgd", "ddp", "--budget", "9s", "--steps", "9"], "budget=9s and steps=9: both fix the length"),
     (["msgd", "ddp", "--steps", "9", "--epochs", "1"], "steps=9 and epochs=1.0: both fix the length"),
     (["msgd", "ddp", "--precision", "fp16"], "precision=fp16: ddp is torch's own, with neither a scaled loss nor"),
+    (["eamsgd tua=3", "ddp"], "tua=3: eamsgd has no tua, did you mean tau\\?"),
+    (["eamsgd beta1=0.5", "ddp"], "beta1=0.5: eamsgd has no beta1, only .*, or use an entry that has it: apam"),
     (["msgd", "ddp", "--tf32"], "tf32=True: says how a GPU computes, but device=auto; leave it out"),
     (["msgd", "ddp", "--workers", "0"], "workers=0: must be at least 1"),
     (["msgd", "ddp", "--seed", str(2**63 - 2)], "seed=.*: must be below"),

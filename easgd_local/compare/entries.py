@@ -118,10 +118,9 @@ def _value(kind: type[Rule], name: str, text: str) -> Any:
     """The value of a hyperparameter, of its type; `ValueError` if the rule has none of this name."""
     names = [one.name for one in fields(kind)]
     if name not in names:
-        near = get_close_matches(name, names, n=1)
-        if near:
-            raise ValueError(f"{name}={text}: {kind.name} has no {name}, did you mean {near[0]}?")
         owners = ", ".join(owner for owner, one in ENTRANTS.items() if name in {each.name for each in fields(one)})
+        if not owners and (near := get_close_matches(name, names, n=1)):
+            raise ValueError(f"{name}={text}: {kind.name} has no {name}, did you mean {near[0]}?")
         remedy = f"leave it out, or use an entry that has it: {owners}" if owners else "leave it out"
         raise ValueError(f"{name}={text}: {kind.name} has no {name}, only {', '.join(names)}; {remedy}.")
     type_ = plain_type(hints_of(kind)[name])

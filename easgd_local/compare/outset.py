@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
-from easgd_local import checks, data, hardware, models
+from easgd_local import checks, hardware, models
 from easgd_local.compare.rival_run import check_seats
 from easgd_local.compare.settings import Comparison
 from easgd_local.computing import Computing
@@ -32,12 +33,11 @@ def look(comparison: Comparison, dataset: Dataset | None = None) -> Dataset:
     torch.manual_seed(config.seed)
     model = models.build(config.model, shape=dataset.input_shape, classes=len(dataset.classes))
     models.check(model, dataset.input_shape)
-    most, order = comparison.most_workers, data.SAMPLINGS[config.sampling]
-    order(config.seed, 0, most, config.batch_size, len(dataset.train))  # says when there are too few
+    checks.samples(replace(config, workers=comparison.most_workers), dataset)
     for one in comparison.entries:
         if one.rule.divides:
             share_out(Flat(model).layers, comparison.workers(one))  # says if there are too few
-    if comparison.budget_s is not None and config.device != "cuda":  # there an evaluation is cheap
+    if comparison.budget_s is not None and config.device != "cuda":  # what one costs there is not known in this process
         torch.set_num_threads(hardware.cores())
         computing, took_s = Computing(config.precision, config.channels_last), []
         model = computing.narrowed(model)

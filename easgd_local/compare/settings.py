@@ -135,10 +135,6 @@ class Comparison:
             own["eval_every"] = max(1, steps // POINTS)
         return Config(rule=entry.rule, **own)
 
-    def samples_per_step(self, entry: Entry) -> int:
-        """Of all the workers of an entry."""
-        return self.template.batch_size * self.workers(entry)
-
     def fixed_steps(self, entry: Entry, train_samples: int) -> int | None:
         """The steps of each worker; None where the budget decides."""
         if self.budget_s is not None:
