@@ -75,17 +75,17 @@ def watch_run() -> None:
 def main() -> int:
     """The command line, watched."""
     file, words = sys.argv[1], sys.argv[2:]
-    from easgd_local import cli, launcher
+    from easgd_local import cli, fork_server
 
     mark("command line imported")
-    warm_up = launcher.warm_up
+    warm_up = fork_server.warm_up
 
     def watched_warm_up() -> None:
         warm_up()
         watch_preparation()
         watch_run()
 
-    launcher.warm_up = watched_warm_up
+    fork_server.warm_up = watched_warm_up
     code = cli.main(words)
     mark("report written")
     with open(file, "w", encoding="utf-8") as marks:

@@ -238,7 +238,7 @@ def _prepare(arguments: dict[str, Any]) -> Prepared:
     config = make_config(given) if run is None else None
     if "rule" in given:
         _hyperparameters(given)
-    from easgd_local.launcher import warm_up
+    from easgd_local.fork_server import warm_up
 
     warm_up()  # the fork server imports torch while we do
     with _leaving_at_once():

@@ -17,9 +17,9 @@ from easgd_local.backend.driver import Attribute, Device, Driver, DriverError, d
 from easgd_local.center import Center, Layout
 from easgd_local.devices import OnGpu
 from easgd_local.flat import Flat
+from easgd_local.fork_server import ask
 from easgd_local.gpus import UNTRIED, find
 from easgd_local.graphics import Graphics, device_name
-from easgd_local.launcher import ask
 from easgd_local.schedules import Calendar
 
 REPETITIONS = 5

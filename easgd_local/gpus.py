@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 from easgd_local import hardware
+from easgd_local.fork_server import ChildDied, ask
 from easgd_local.graphics import Capability, Graphics, Images, look
-from easgd_local.launcher import ChildDied, ask
 from easgd_local.link import DEPTH
 from easgd_local.plan import Plan
 

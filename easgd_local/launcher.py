@@ -11,66 +11,19 @@ import multiprocessing as mp
 import os
 import select
 import signal
-import sys
-import threading
 import time
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import send_handle
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from easgd_local import child
+from easgd_local import child, fork_server
 
-_MAIN = threading.Lock()  # of threads that start children at the same time
 DESCENDANTS_S = 2.0  # how long to wait for the killed descendants of a dead child
-
-
-def warm_up(*further: str) -> None:
-    """Starts the fork server, which imports torch, and these modules, once for all children; returns at once."""
-    mp.get_context("forkserver").set_forkserver_preload(["easgd_local.preload", *further])
-    forkserver.ensure_running()
-
-
-def _context() -> ForkServerContext:
-    return mp.get_context("forkserver")
-
-
-def ask(function: Callable[[], Any]) -> Any:
-    """What `function` returns in a new process, which may start CUDA; its exceptions are raised here.
-
-    Raises `ChildDied` if the process ends without an answer.
-    """
-    ours, theirs = mp.Pipe()
-    process = _context().Process(
-        target=child.answer, args=(function, theirs, dict(os.environ)), name="easgd-ask", daemon=True
-    )  # fmt: skip
-    try:
-        with _without_main():
-            process.start()
-        theirs.close()
-        good, answer = ours.recv()
-    except EOFError:
-        process.join()
-        raise ChildDied(f"exit code {process.exitcode}") from None
-    finally:
-        if process.pid is not None:
-            process.kill()
-            process.join()
-            process.close()
-        ours.close()
-    if not good:
-        raise answer
-    return answer
-
-
-class ChildDied(RuntimeError):
-    """A process ended before it answered; the text says how."""
 
 
 @dataclass(eq=False)
@@ -115,12 +68,12 @@ class Launcher:
         """Runs `main(conn, fds, *args)` in a new process that gets duplicates of `fds`; its output goes to the logs."""
         ours, theirs = mp.Pipe()
         log = self._logs / f"{name}.log"
-        process = _context().Process(
+        process = fork_server.context().Process(
             target=child.enter, name=f"easgd-{name}", daemon=False,
             args=(main, theirs, log, len(fds), args, dict(os.environ)),
         )  # fmt: skip
         try:
-            with _without_main():
+            with fork_server.without_main():
                 process.start()
             assert process.pid is not None
             theirs.close()
@@ -190,21 +143,6 @@ class Launcher:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Children run functions of this package and need nothing of the user's script, so they do not import it.
-
-    Otherwise a script without `if __name__ == "__main__":` would start its training again in every child.
-    """
-    with _MAIN:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
 
 
 def _drain(one: Child) -> list[Message]:

@@ -19,10 +19,11 @@ from easgd_local.center import Center, Layout
 from easgd_local.centers import CenterState
 from easgd_local.config import MAX_STEPS, WORKERS, check_choices, check_limits
 from easgd_local.faults import Fault
+from easgd_local.fork_server import warm_up
 from easgd_local.gathering import fill, gather
 from easgd_local.gpus import chosen, exchanging
 from easgd_local.graphics import Graphics, effective
-from easgd_local.launcher import Child, Launcher, warm_up
+from easgd_local.launcher import Child, Launcher
 from easgd_local.looprun import Gathered, LoopRun
 from easgd_local.metrics import Listener
 from easgd_local.outset import check_room, restore, set_turns, shared_names

@@ -13,7 +13,8 @@ from torch import Tensor
 from easgd_local import evaluate, worker
 from easgd_local.config import Config
 from easgd_local.data import Dataset
-from easgd_local.launcher import Child, Launcher, warm_up
+from easgd_local.fork_server import warm_up
+from easgd_local.launcher import Child, Launcher
 from easgd_local.metrics import Listener
 from easgd_local.plan import Start
 from easgd_local.prepare import Prepared, prepare

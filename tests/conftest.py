@@ -16,7 +16,7 @@ import pytest
 
 import easgd_local as easgd
 from easgd_local.config import Config
-from easgd_local.launcher import warm_up
+from easgd_local.fork_server import warm_up
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.training import train
 

@@ -23,7 +23,7 @@ import pytest
 
 from easgd_local import __version__, checkpoint, cli, hardware, models
 from easgd_local.config import Config
-from easgd_local.launcher import warm_up
+from easgd_local.fork_server import warm_up
 from easgd_local.rules import RULES
 from tests.conftest import children, eventually
 

@@ -28,7 +28,7 @@ from easgd_local.compare.saved import restored, write_json
 from easgd_local.compare.settings import Comparison, duration
 from easgd_local.compare.standing import edges, spread, standings, to_target
 from easgd_local.compare.tables import bytes_text, markdown
-from easgd_local.launcher import warm_up
+from easgd_local.fork_server import warm_up
 from easgd_local.rules.eamsgd import EAMSGD
 from easgd_local.rules.easgd import EASGD
 from easgd_local.rules.msgd import MSGD

@@ -9,9 +9,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -329,8 +330,18 @@ train(Config(rule=EASGD(tau=1), workers=3, out={out!r}, faults=(Fault("pace", 0,
 """
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder of processes started from here, its path short enough for a socket's in it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("moment", ["while all train", "while all wait for a turn"])
-def test_when_the_launcher_is_killed_its_workers_are_gone_within_seconds(moment: str, tmp_path: Path) -> None:
+def test_when_the_launcher_is_killed_its_workers_are_gone_within_seconds(
+    moment: str, tmp_path: Path, short: Path
+) -> None:
     folder = tmp_path / "run"
     if moment == "while all train":
         process = start_command(folder)
@@ -341,10 +352,36 @@ def test_when_the_launcher_is_killed_its_workers_are_gone_within_seconds(moment:
         time.sleep(0.2)
         family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         assert len(family) >= 6  # fork server, resource tracker, evaluator, three workers
+        assert len(list(short.iterdir())) == 1  # where the fork server's socket lies
     finally:
         process.kill()
         process.communicate()
     assert eventually(lambda: group_is_gone(family), 5)
+    assert eventually(lambda: not list(short.iterdir()), 5)
+
+
+def test_a_launcher_killed_while_torch_is_imported_leaves_nothing_either(tmp_path: Path, short: Path) -> None:
+    process = start_command(tmp_path / "run")
+    try:
+        assert eventually(lambda: bool(list(short.glob("*/listener-*"))), 20)
+        time.sleep(0.3)
+        family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    finally:
+        process.kill()
+        process.communicate()
+    assert eventually(lambda: group_is_gone(family), 20)
+    assert not list(short.iterdir())
+
+
+WARM_UP = "from easgd_local import fork_server; fork_server.warm_up(); print('warm')"
+
+
+def test_a_long_name_of_the_temporary_folder_is_no_hindrance(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    environment = os.environ | {"TMPDIR": str(long)}
+    assert subprocess.check_output([sys.executable, "-c", WARM_UP], env=environment, timeout=50) == b"warm\n"
+    assert not list(long.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -27,8 +27,8 @@ from easgd_local.compare.rivals import DDP, PostLocalSGD
 from easgd_local.config import Config
 from easgd_local.data import OnDevice
 from easgd_local.faults import Fault
+from easgd_local.fork_server import ask, warm_up
 from easgd_local.graphics import ORDER, Graphics, look
-from easgd_local.launcher import ask, warm_up
 from easgd_local.link import EXCHANGES
 from easgd_local.rules.diloco import DiLoCo
 from easgd_local.rules.downpour import Downpour

@@ -41,6 +41,7 @@ LAYERS = (
     ("gathering", "outset", "gpus"),
     ("preload", "preload_loop"),
     ("launcher", "referee", "hosted"),
+    ("fork_server",),
     ("evaluate", "loop"),
     ("worker", "attached"),
     ("visitor", "loop_evaluator", "loop_state"),

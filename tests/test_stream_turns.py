@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from easgd_local import kernels, launcher
+from easgd_local import fork_server, kernels
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.backend.cuda import CudaOps, Gpu, Transfer, compiled
 from easgd_local.backend.operations import OPERATIONS
@@ -69,8 +69,8 @@ class Run:
             environment = {name: value for name, value in os.environ.items() if "CUDA" in name}
             arguments = self.values | self._more | {"rank": rank} | given.get(f"worker_{rank}", {})
             memory = f"/proc/{os.getpid()}/fd/{self.center.fd}"
-            process = launcher._context().Process(target=main, args=(memory, environment), kwargs=arguments)
-            with launcher._without_main():
+            process = fork_server.context().Process(target=main, args=(memory, environment), kwargs=arguments)
+            with fork_server.without_main():
                 process.start()
             self._stack.callback(lambda p=process: (p.kill(), p.join()))
             self.processes.append(process)
@@ -94,7 +94,7 @@ class Run:
 
 @pytest.fixture
 def run(found: Graphics) -> Iterator[Callable[..., Run]]:
-    launcher.warm_up("easgd_local.preload_loop")
+    fork_server.warm_up("easgd_local.preload_loop")
     with ExitStack() as stack:
         yield lambda *args, **kwargs: Run(stack, found, *args, **kwargs)
 

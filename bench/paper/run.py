@@ -30,7 +30,7 @@ from easgd_local.compare.settings import COMMON
 from easgd_local.data import Dataset, MemorySplit, Split
 from easgd_local.evaluate import evenly_spaced
 from easgd_local.flags import add_config_flags
-from easgd_local.launcher import warm_up
+from easgd_local.fork_server import warm_up
 from easgd_local.prepare import load
 
 ROWS = RESULTS / "paper"

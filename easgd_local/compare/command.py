@@ -88,7 +88,7 @@ def execute(*, importing: AbstractContextManager[None] | None = None, **values: 
     """
     out, resume = values.pop("out", None), values.pop("resume", None)
     comparison = _saved(Path(resume), out, values) if resume is not None else make_comparison(**values)
-    from easgd_local.launcher import warm_up
+    from easgd_local.fork_server import warm_up
 
     warm_up("easgd_local.preload_loop")  # torch's optimizers, for the rivals
     with importing or nullcontext():

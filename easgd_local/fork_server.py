@@ -1,0 +1,99 @@
+"""The fork server: from it come all children of a run, and it imports torch once for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing as mp
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import types
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, util
+from multiprocessing.context import ForkServerContext
+from typing import Any
+
+from easgd_local import child
+
+FOLDER = "EASGD_FORK_SERVER_FOLDER"  # variable of the fork server's environment: where its socket lies
+LONGEST_TMPDIR = 75  # bytes: a socket's path has at most 107, of which Python's names below that folder take 32
+_MAIN = threading.Lock()  # of threads that start children at the same time
+
+
+def warm_up(*further: str) -> None:
+    """Starts the fork server, which imports torch, and these modules, once for all children; returns at once."""
+    context().set_forkserver_preload(["easgd_local.preload", *further])
+    os.environ[FOLDER] = _folder()
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ[FOLDER]
+
+
+def _folder() -> str:
+    """The temporary folder of this process's multiprocessing, where the fork server's socket will lie."""
+    chosen = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
+        tempfile.tempdir = "/tmp"
+    try:
+        return util.get_temp_dir()
+    finally:
+        tempfile.tempdir = chosen
+
+
+def clear_away() -> None:
+    """In the fork server, at its end: a launcher that was killed could not remove that folder itself."""
+    shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
+
+
+def context() -> ForkServerContext:
+    return mp.get_context("forkserver")
+
+
+def ask(function: Callable[[], Any]) -> Any:
+    """What `function` returns in a new process, which may start CUDA; its exceptions are raised here.
+
+    Raises `ChildDied` if the process ends without an answer.
+    """
+    ours, theirs = mp.Pipe()
+    process = context().Process(
+        target=child.answer, args=(function, theirs, dict(os.environ)), name="easgd-ask", daemon=True
+    )  # fmt: skip
+    try:
+        with without_main():
+            process.start()
+        theirs.close()
+        good, answer = ours.recv()
+    except EOFError:
+        process.join()
+        raise ChildDied(f"exit code {process.exitcode}") from None
+    finally:
+        if process.pid is not None:
+            process.kill()
+            process.join()
+            process.close()
+        ours.close()
+    if not good:
+        raise answer
+    return answer
+
+
+class ChildDied(RuntimeError):
+    """A process ended before it answered; the text says how."""
+
+
+@contextlib.contextmanager
+def without_main() -> Iterator[None]:
+    """Children run functions of this package and need nothing of the user's script, so they do not import it.
+
+    Otherwise a script without `if __name__ == "__main__":` would start its training again in every child.
+    """
+    with _MAIN:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
