@@ -23,6 +23,7 @@ from easgd_local.rules import RULES, rule_class
 from easgd_local.rules.base import Rule
 from easgd_local.simulate import command as simulate_command
 from easgd_local.theory import command as theory_command
+from easgd_local.unfailing import Unfailing
 from easgd_local.usage import USAGE, Parser, complain
 from easgd_local.workloads import tuned
 
@@ -112,12 +113,14 @@ def _add_train(commands: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 the run failed, 2 bad usage, 130 interrupted."""
-    arguments = vars(parser().parse_args(argv))
-    commands: dict[str, Callable[[dict[str, Any]], int]] = {
-        "train": _train, "compare": _compare, "doctor": _doctor, "export": _export,
-        "theory": partial(_draw, theory_command.execute), "simulate": partial(_draw, simulate_command.execute),
-    }  # fmt: skip
-    return commands[arguments.pop("command")](arguments)
+    out = Unfailing(sys.stdout, partial(complain, "nobody takes the output any more; the command goes on without."))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(Unfailing(sys.stderr)):
+        arguments = vars(parser().parse_args(argv))
+        commands: dict[str, Callable[[dict[str, Any]], int]] = {
+            "train": _train, "compare": _compare, "doctor": _doctor, "export": _export,
+            "theory": partial(_draw, theory_command.execute), "simulate": partial(_draw, simulate_command.execute),
+        }  # fmt: skip
+        return commands[arguments.pop("command")](arguments)
 
 
 def _doctor(arguments: dict[str, Any]) -> int:
@@ -157,10 +160,6 @@ def _draw(execute: Callable[..., Iterable[str]], arguments: dict[str, Any]) -> i
     except (ValueError, MemoryError) as error:
         complain(str(error))
         return USAGE
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
-        complain("whoever read the output has left; files not named yet are as they were.")
-        return FAILED
     except OSError as error:
         complain(f"{arguments['out']}: the folder cannot be written to ({error.strerror}); give another --out.")
         return FAILED

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.console import Console
 
 from easgd_local import checkpoint, child, hardware, hosted
 from easgd_local.attachment import Proposal
@@ -32,6 +31,7 @@ from easgd_local.rules.base import make_plain
 from easgd_local.runfolder import claim, lock, saved_values, write_config
 from easgd_local.schedules import Calendar
 from easgd_local.signals import signals
+from easgd_local.unfailing import Unfailing
 from easgd_local.view import Lines, Screen, open_view, summary_table
 
 REPORT_EVERY = 10  # steps; slow workers report at least every two seconds
@@ -238,7 +238,7 @@ def conduct(run: LoopRun, live: Screen | Lines | None, how: str = "launch") -> C
 
 def view_of(wanted: bool) -> Screen | Lines | None:
     """The view on stderr, if it is wanted."""
-    return open_view(Console(stderr=True)) if wanted else None
+    return open_view(Unfailing(sys.stderr)) if wanted else None
 
 
 def _terms(proposal: Proposal) -> dict[str, Any]:

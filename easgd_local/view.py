@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -23,6 +23,7 @@ from rich.text import Text
 from easgd_local import checkpoint
 from easgd_local.board import Board, Row
 from easgd_local.metrics import Event
+from easgd_local.unfailing import Unfailing
 from easgd_local.wording import (
     clock_text,
     count_text,
@@ -146,9 +147,9 @@ class Lines:
         pass
 
 
-def open_view(to: Console | IO[str]) -> Screen | Lines:
+def open_view(to: Console | IO[str] | Unfailing) -> Screen | Lines:
     """The view for this console or file: a context manager and a listener; `tick` it 4 to 10 times a second."""
-    console = to if isinstance(to, Console) else Console(file=to)
+    console = to if isinstance(to, Console) else Console(file=cast("IO[str]", to))
     return Screen(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)
 
 

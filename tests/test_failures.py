@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -300,12 +302,11 @@ def steps_per_s(summary: dict[str, Any]) -> list[float]:
 # The launcher
 
 
-def start_command(folder: Path, *flags: str) -> subprocess.Popen[str]:
+def start_command(folder: Path, *flags: str, **how: Any) -> subprocess.Popen[str]:
     words = ["train", "eamsgd", "--workers", "3", "--steps", "100000", "--out", str(folder), *flags]
     command = [sys.executable, "-m", "easgd_local", *words]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | how
+    return subprocess.Popen(command, text=True, start_new_session=True, **how)
 
 
 def is_training(folder: Path) -> bool:
@@ -398,6 +399,37 @@ def test_a_signal_to_the_whole_group_ends_the_command_in_order(number: int, tmp_
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
     assert eventually(lambda: group_is_gone(family), 5)
+
+
+def test_a_run_whose_terminal_is_closed_saves_its_state_and_leaves(tmp_path: Path) -> None:
+    ours, terminal = os.openpty()
+
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = start_command(tmp_path / "run", **ends, preexec_fn=take_terminal)
+    os.close(terminal)
+    assert eventually(lambda: is_training(tmp_path / "run"), 40)
+    os.close(ours)  # upon which the kernel tells the leader of the session
+    for _ in range(2):  # as a shell would, and the kernel at the shell's end
+        os.killpg(process.pid, signal.SIGHUP)
+        time.sleep(0.01)
+    assert process.wait(30) == 130
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_a_run_goes_on_when_whoever_reads_its_output_has_left(tmp_path: Path) -> None:
+    with start_command(tmp_path / "run", "--steps", "100", stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == "loading digits\n"
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert said == "easgd-local: error: nobody takes the output any more; the command goes on without.\n"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"
 
 
 def test_a_second_interrupt_does_not_wait_for_the_workers(tmp_path: Path, run: Runner) -> None:

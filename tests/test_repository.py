@@ -69,7 +69,7 @@ LAYERS = (
     ("halves",),
     ("backend.*",),
     ("figure_folder",),
-    ("argument_types", "signals", "whole_file"),
+    ("argument_types", "signals", "unfailing", "whole_file"),
     ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition", "randomness",
      "reloads"),
 )
