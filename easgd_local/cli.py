@@ -113,6 +113,7 @@ def _add_train(commands: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 the run failed, 2 bad usage, 130 interrupted."""
+    _open_missing()
     out = Unfailing(sys.stdout, partial(complain, "nobody takes the output any more; the command goes on without."))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(Unfailing(sys.stderr)):
         arguments = vars(parser().parse_args(argv))
@@ -120,7 +121,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             "train": _train, "compare": _compare, "doctor": _doctor, "export": _export,
             "theory": partial(_draw, theory_command.execute), "simulate": partial(_draw, simulate_command.execute),
         }  # fmt: skip
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            complain("the current folder has been deleted; change into another one.")
+            return USAGE
         return commands[arguments.pop("command")](arguments)
+
+
+def _open_missing() -> None:
+    """Descriptors 0 to 2 may have been closed by who called: then other files would get them, and what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # which gets the lowest number that is free
 
 
 def _doctor(arguments: dict[str, Any]) -> int:

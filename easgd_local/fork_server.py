@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing as mp
 import os
+import select
 import shutil
 import sys
 import tempfile
@@ -17,7 +18,8 @@ from typing import Any
 
 from easgd_local import child
 
-FOLDER = "EASGD_FORK_SERVER_FOLDER"  # variable of the fork server's environment: where its socket lies
+OWNER = "EASGD_FORK_SERVER_OWNER"  # variable of its environment: who started it, and the folder where its socket lies
+EXIT_S = 2.0  # how long a process may take to exit after its files are closed
 LONGEST_TMPDIR = 75  # bytes: a socket's path has at most 107, of which Python's names below that folder take 32
 _MAIN = threading.Lock()  # of threads that start children at the same time
 
@@ -25,11 +27,11 @@ _MAIN = threading.Lock()  # of threads that start children at the same time
 def warm_up(*further: str) -> None:
     """Starts the fork server, which imports torch, and these modules, once for all children; returns at once."""
     context().set_forkserver_preload(["easgd_local.preload", *further])
-    os.environ[FOLDER] = _folder()
+    os.environ[OWNER] = f"{os.getpid()} {_folder()}"
     try:
         forkserver.ensure_running()
     finally:
-        del os.environ[FOLDER]
+        del os.environ[OWNER]
 
 
 def _folder() -> str:
@@ -44,8 +46,12 @@ def _folder() -> str:
 
 
 def clear_away() -> None:
-    """In the fork server, at its end: a launcher that was killed could not remove that folder itself."""
-    shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
+    """In the fork server, at its end: removes that folder if its owner was killed, and so could not do it itself."""
+    owner, _, folder = os.environ[OWNER].partition(" ")
+    # 1. Its files are closed, 2. we see that and end, 3. it is dead: hence a while to wait for that.
+    if os.getppid() == int(owner) and not select.select([os.pidfd_open(int(owner))], [], [], EXIT_S)[0]:
+        return  # it lives, and we have failed
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def context() -> ForkServerContext:

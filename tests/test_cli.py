@@ -257,6 +257,11 @@ def test_a_file_in_place_of_the_folder_is_refused(here: Path, refused: Refused) 
     assert re.match("out=file/run: cannot be created \\((file: )?(File exists|Not a directory)\\); choose", sentence)
 
 
+def test_a_current_folder_that_is_no_more_is_told(here: Path, refused: Refused) -> None:
+    here.rmdir()
+    assert refused("doctor") == "the current folder has been deleted; change into another one."
+
+
 @pytest.mark.parametrize("out", ["/proc/easgd/run", "a/" * 3 + "b" * 300])
 def test_an_impossible_place_is_refused_and_no_parent_is_left(out: str, refused: Refused) -> None:
     sentence = refused("train", "easgd", "--out", out)

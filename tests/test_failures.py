@@ -432,6 +432,11 @@ def test_a_run_goes_on_when_whoever_reads_its_output_has_left(tmp_path: Path) ->
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"
 
 
+def test_a_run_started_with_its_standard_streams_closed_takes_no_harm(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m easgd_local train easgd --workers 2 --steps 2 --out {tmp_path}/run <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], timeout=50).returncode == 0
+
+
 def test_a_second_interrupt_does_not_wait_for_the_workers(tmp_path: Path, run: Runner) -> None:
     folder = tmp_path / "run"
 
