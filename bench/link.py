@@ -29,6 +29,7 @@ from typing import Any, NoReturn, Protocol
 import harness
 import numpy as np
 
+from easgd_local import linux
 from easgd_local.backend.cpu import CpuOps
 from easgd_local.backend.cuda import CudaOps, DeviceVector, Gpu, Transfer
 from easgd_local.backend.driver import Driver, DriverError
@@ -257,7 +258,7 @@ class Ends:
 
 def shared_memory(size_bytes: int) -> mmap.mmap:
     """A mapping of a new memfd, all of it claimed, as the center is."""
-    fd = os.memfd_create("bench_link", os.MFD_CLOEXEC)
+    fd = linux.memfd_create("bench_link")
     try:
         os.posix_fallocate(fd, 0, size_bytes)
         return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED)

@@ -7,7 +7,6 @@ shared float32 vectors (`c` first, then what the rule declares) and a snapshot o
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import mmap
 import os
@@ -22,14 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from easgd_local import hardware
+from easgd_local import hardware, linux
 from easgd_local.words import LINE_BYTES, Words, words
 
 MAGIC, VERSION, PAGE = 0x4C43_4F4C_4447_5345, 3, 4096  # the magic reads "ESGDLOCL" in memory
 BLOCK_BYTES = 4 << 20
 SNAPSHOT = "snapshot of "  # and the name of a vector: its copy
 UPDATES = "updates"  # the name of the counts in a checkpoint, beside those of the vectors
-_F_ADD_SEALS, _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 1033, 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -164,11 +162,11 @@ class Center:
         )
         if layout.size_bytes > room:
             raise MemoryError(refusal)
-        fd = os.memfd_create("easgd_center", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = linux.memfd_create("easgd_center")
         try:
             # fallocate, not ftruncate: lack of room is an error now and not a SIGBUS at the first touch.
             os.posix_fallocate(fd, 0, layout.size_bytes)
-            fcntl.fcntl(fd, _F_ADD_SEALS, _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW)
+            linux.seal_size(fd)
             center = cls(layout, fd)
         except OSError as error:
             os.close(fd)

@@ -16,7 +16,7 @@ from multiprocessing import forkserver, util
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-from easgd_local import child
+from easgd_local import child, linux
 
 OWNER = "EASGD_FORK_SERVER_OWNER"  # variable of its environment: who started it, and the folder where its socket lies
 EXIT_S = 2.0  # how long a process may take to exit after its files are closed
@@ -25,7 +25,11 @@ _MAIN = threading.Lock()  # of threads that start children at the same time
 
 
 def warm_up(*further: str) -> None:
-    """Starts the fork server, which imports torch, and these modules, once for all children; returns at once."""
+    """Starts the fork server, which imports torch, and these modules, once for all children; returns at once.
+
+    `ValueError` on a system that lacks what a run needs.
+    """
+    linux.check()
     context().set_forkserver_preload(["easgd_local.preload", *further])
     os.environ[OWNER] = f"{os.getpid()} {_folder()}"
     try:
@@ -49,7 +53,7 @@ def clear_away() -> None:
     """In the fork server, at its end: removes that folder if its owner was killed, and so could not do it itself."""
     owner, _, folder = os.environ[OWNER].partition(" ")
     # 1. Its files are closed, 2. we see that and end, 3. it is dead: hence a while to wait for that.
-    if os.getppid() == int(owner) and not select.select([os.pidfd_open(int(owner))], [], [], EXIT_S)[0]:
+    if os.getppid() == int(owner) and not select.select([linux.pidfd_open(int(owner))], [], [], EXIT_S)[0]:
         return  # it lives, and we have failed
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from easgd_local import child
+from easgd_local import child, linux
 from easgd_local.centers import load_center
 from easgd_local.child import Refusal
 from easgd_local.devices import take_seat
@@ -61,6 +61,7 @@ def join(
     `SystemExit` with 130 after an interrupted run is saved.
     """
     rank, workers = _place()
+    linux.check()
     options: dict[str, Any] = {"device": device, "exchange": exchange}
     config = LaunchConfig(
         fn=Path(getattr(__import__("__main__"), "__file__", "script")).stem, workers=workers,
@@ -175,7 +176,7 @@ def _outlived_by(leader: int) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        pidfd, poll = os.pidfd_open(leader), select.poll()
+        pidfd, poll = linux.pidfd_open(leader), select.poll()
         poll.register(pidfd, select.POLLIN)
         while not over.is_set():
             if poll.poll(WATCH_S * 1000) and not over.is_set():

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from easgd_local import child, fork_server
+from easgd_local import child, fork_server, linux
 
 DESCENDANTS_S = 2.0  # how long to wait for the killed descendants of a dead child
 
@@ -78,7 +78,7 @@ class Launcher:
             assert process.pid is not None
             theirs.close()
             # The child waits for these descriptors before it does anything, so it cannot have exited unobserved.
-            pidfd = os.pidfd_open(process.pid)
+            pidfd = linux.pidfd_open(process.pid)
             new = Child(name, rank, process.pid, ours, pidfd, process)
             self._watch(new)
         except BaseException:  # Ctrl-C, perhaps: nobody watches over it yet
@@ -111,7 +111,7 @@ class Launcher:
     def kill(self, one: Child) -> None:
         """Ends a child at once; `poll` tells of its exit, when its descendants are gone too."""
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
+            linux.pidfd_send_signal(one.pidfd, signal.SIGKILL)
 
     def kill_all(self, children: Iterable[Child]) -> None:
         """Ends these children at once."""

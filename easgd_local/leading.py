@@ -11,6 +11,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
+from easgd_local import linux
 from easgd_local.child import Refusal
 from easgd_local.gpus import chosen
 from easgd_local.graphics import Graphics
@@ -27,7 +28,7 @@ class Guests(Launcher):
     def invite(self, conn: Connection, rank: int) -> Child:
         """One of them has connected and said its rank."""
         pid = peer(conn)
-        new = Child(f"worker-{rank}", rank, pid, conn, os.pidfd_open(pid))
+        new = Child(f"worker-{rank}", rank, pid, conn, linux.pidfd_open(pid))
         self._watch(new)
         return new
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from easgd_local import hardware
+from easgd_local import hardware, linux
 from easgd_local.center import BLOCK_BYTES, PAGE, Center, Layout
 from easgd_local.words import LINE_BYTES
 from tests.conftest import descriptors
@@ -166,7 +166,7 @@ def test_another_center_than_described_is_refused(center, p, n, block_bytes):
 
 
 def test_memory_that_is_no_center_is_refused():
-    fd = os.memfd_create("no_center")
+    fd = linux.memfd_create("no_center")
     try:
         os.posix_fallocate(fd, 0, SMALL.size_bytes)
         with pytest.raises(ValueError, match=r"center header \[0, 0, 0, 0, 0\]: expected"):

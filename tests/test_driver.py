@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from easgd_local import kernels
+from easgd_local import kernels, linux
 from easgd_local.backend import driver as module
 from easgd_local.backend.driver import SYMBOLS, Attribute, Device, Driver, DriverError
 from easgd_local.backend.resources import Context, DeviceMemory, Event, HostMemory, Module, Resource, Stream
@@ -465,7 +465,7 @@ def memory() -> Iterator[Callable[[int], int]]:
     with ExitStack() as stack:
 
         def make(size_bytes: int) -> int:
-            fd = os.memfd_create("test_driver")
+            fd = linux.memfd_create("test_driver")
             stack.callback(os.close, fd)
             os.posix_fallocate(fd, 0, size_bytes)
             return fd

@@ -70,8 +70,8 @@ LAYERS = (
     ("backend.*",),
     ("figure_folder",),
     ("argument_types", "signals", "unfailing", "whole_file"),
-    ("kernels", "child", "faults", "hardware", "schedules", "words", "learning_rate", "partition", "randomness",
-     "reloads"),
+    ("kernels", "child", "faults", "hardware", "linux", "schedules", "words", "learning_rate", "partition",
+     "randomness", "reloads"),
 )
 
 

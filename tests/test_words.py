@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from easgd_local import linux
 from easgd_local import words as module
 from easgd_local.words import LINE_BYTES, AtomicWords, PlainWords, words
 
@@ -140,7 +141,7 @@ for number in range(1, {ROUNDS} + 1):
 @BOTH
 def test_who_sees_a_word_sees_the_data_stored_before_it(kind):
     # 1. data <- 1, 2. word <- 1, 3. the reader sees the word: then it must see the data, or something newer.
-    fd = os.memfd_create("litmus")
+    fd = linux.memfd_create("litmus")
     os.ftruncate(fd, 2 * mmap.PAGESIZE)
     memory = mmap.mmap(fd, 2 * mmap.PAGESIZE)
     sent, seen = (kind(memory, offset, 1) for offset in (0, 128))

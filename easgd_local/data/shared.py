@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 from dataclasses import dataclass, fields
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from easgd_local import hardware
+from easgd_local import hardware, linux
 from easgd_local.data.dataset import Dataset, MemorySplit, Split
 from easgd_local.data.folder import FolderSplit
 
@@ -50,7 +49,7 @@ def to_memfd(dataset: Dataset) -> tuple[int | None, dict[str, Any]]:
             if isinstance(split, MemorySplit) and isinstance(place, Placed):
                 _write(fd, split.images, place.images_at)
                 _write(fd, split.labels, place.labels_at)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        linux.seal_size(fd)
     except BaseException:
         os.close(fd)
         raise
@@ -85,7 +84,7 @@ def _claim(name: str, size_bytes: int) -> int:
     room = hardware.available_bytes()  # claiming more would not fail but wake the kernel's out-of-memory killer
     if size_bytes > room:
         raise _no_room(name, size_bytes, f"{room / 2**30:.1f} GiB are available")
-    fd = os.memfd_create(f"easgd_local-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = linux.memfd_create(f"easgd_local-{name}")
     try:
         os.posix_fallocate(fd, 0, size_bytes)
     except OSError as error:
