@@ -20,7 +20,7 @@ ON_A_GPU = {  # here on a pretended one; what makes each small
     "stream_exchange": ("--floats", 5003, "--repetitions", 1, "--workers", 2),
 }  # fmt: skip
 TOO_LONG = {"ordering", "throughput_gpu"}  # to be run by hand on a pretended driver, with --quick
-FRESH = {"examples", "startup", "throughput"}  # which start interpreters themselves
+FRESH = {"throughput"}  # whose processes are to start from its own script
 
 
 def run(*words: object) -> str:

@@ -97,9 +97,9 @@ def test_the_plain_loop_is_the_loop_of_one_process_but_for_a_handful_of_lines():
 
 def test_the_plain_loop_learns_like_one_process_and_under_torchrun_it_ends_with_the_same_bits(folder):
     processes = [
-        start(folder, "single_process.py", "--epochs", 6),
-        start(folder, "plain_loop.py", "--epochs", 6),
-        start(folder, "with_torchrun.py", "--epochs", 6, before=TORCHRUN),
+        start(folder, "single_process.py", "--epochs", 4),
+        start(folder, "plain_loop.py", "--epochs", 4),
+        start(folder, "with_torchrun.py", "--epochs", 4, before=TORCHRUN),
     ]
     alone, launched, joined = map(finish, processes)
     errors = [number(output, r"test error: ([\d.]+)%") for output in (alone, launched, joined)]
