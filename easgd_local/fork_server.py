@@ -51,7 +51,9 @@ def _folder() -> str:
 
 def clear_away() -> None:
     """In the fork server, at its end: removes that folder if its owner was killed, and so could not do it itself."""
-    owner, _, folder = os.environ[OWNER].partition(" ")
+    owner, _, folder = os.environ.get(OWNER, "").partition(" ")
+    if not owner:
+        return  # somebody else has started it, with what we asked to be imported
     # 1. Its files are closed, 2. we see that and end, 3. it is dead: hence a while to wait for that.
     if os.getppid() == int(owner) and not select.select([linux.pidfd_open(int(owner))], [], [], EXIT_S)[0]:
         return  # it lives, and we have failed

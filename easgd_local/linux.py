@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import signal
 from typing import Any
 
-_MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
+_MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_NOEXEC_SEAL = 1, 2, 8
 _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
 _PIDFD_SEND_SIGNAL, _PIDFD_OPEN = 424, 434  # numbers of system calls, the same on all processors
 
@@ -30,7 +31,13 @@ def check() -> None:
 
 def memfd_create(name: str) -> int:
     """A descriptor of memory without a place in the file system, of size 0, closed in programs that are executed."""
-    return _called(_libc.memfd_create(name.encode(), _MFD_CLOEXEC | _MFD_ALLOW_SEALING))
+    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
+    try:  # hardened systems refuse what could be executed
+        return _called(_libc.memfd_create(name.encode(), flags | _MFD_NOEXEC_SEAL))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which only means that it is older than 6.3
+            raise
+        return _called(_libc.memfd_create(name.encode(), flags))
 
 
 def seal_size(fd: int) -> None:
