@@ -105,6 +105,11 @@ def gpu(device: Device) -> Iterator[Finding]:
         f"{WORDS[bool(device.attribute(Attribute.HOST_REGISTER))]}; copies beside a kernel: {copies}",
         "" if memops else "kernels or the processor wait instead, which is slower; update the driver",
     )
+    if device.exclusive:
+        yield Finding(
+            subject, "takes one process at a time (compute mode exclusive-process)",
+            "one worker at most, and none of `train`, which evaluates in a process of its own; nvidia-smi -c 0",
+        )  # fmt: skip
     if device.driver.devices > 1:
         yield Finding(subject, f"peer access to GPU {', '.join(peers)}" if peers else "no peer access (none is needed)")
 

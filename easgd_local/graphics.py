@@ -33,8 +33,8 @@ ORDER = tuple(WAYS)  # from the best to the last resort
 class Graphics:
     """What all workers of a run know of the GPUs: compute capabilities by number, kernels, and how they exchange.
 
-    `words` is one of `stream_words.WAYS`, `exchange` one of `link.EXCHANGES`. `pretended`: the driver is that
-    of the tests, and torch computes on the CPU.
+    `words` is one of `stream_words.WAYS`, `exchange` one of `link.EXCHANGES`. `exclusive` are the numbers of those that
+    take one process at a time. `pretended`: the driver is that of the tests, and torch computes on the CPU.
     """
 
     names: tuple[str, ...]
@@ -45,6 +45,7 @@ class Graphics:
     coherent: bool
     mps: bool
     pretended: bool
+    exclusive: tuple[int, ...] = ()
     exchange: str = "overlap"
 
     def device_of(self, rank: int) -> int:
@@ -73,6 +74,18 @@ class Graphics:
             in_place = turns == "none" or self.coherent or vector_bytes <= SMALL_BYTES
             exchange = "zerocopy" if in_place else "overlap"
         return replace(self, exchange=exchange, words=words)
+
+    def check_processes(self, workers: int, *, evaluator: bool = False) -> None:
+        """`ValueError` unless each GPU may be used by its workers, and the first by a process that evaluates."""
+        for number in () if self.mps else self.exclusive:  # MPS makes one process of all
+            here = sum(self.device_of(rank) == number for rank in range(workers)) + (evaluator and number == 0)
+            if here > 1:
+                among = ", the one that evaluates the center among them," if evaluator and number == 0 else ""
+                raise ValueError(
+                    f"workers={workers}: {here} processes{among} would be on GPU {number} ({self.names[number]}), "
+                    f"which takes one at a time (compute mode exclusive-process); let it take more by nvidia-smi -c 0, "
+                    f"or choose other GPUs by CUDA_VISIBLE_DEVICES."
+                )
 
     def check_room(self, workers: int, needed_bytes: int) -> None:
         """`MemoryError` unless each GPU has room for so many bytes for each of its workers."""
@@ -125,6 +138,7 @@ def look(known: Mapping[Capability, Images] | None = None) -> Graphics:
         coherent=all(device.attribute(Attribute.HOST_PAGE_TABLES) == 1 for device in devices),
         mps=hardware.mps_is_active(),
         pretended=driver.pretended,
+        exclusive=tuple(device.number for device in devices if device.exclusive),
     )
 
 

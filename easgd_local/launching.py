@@ -143,6 +143,8 @@ def launch(
     run = None if resume is None else Path(resume)
     warm_up("easgd_local.preload_loop")
     graphics, said = chosen(config.device, config.exchange)
+    if graphics:
+        graphics.check_processes(config.workers)
     with contextlib.ExitStack() as ends:
         with signals(signal.default_int_handler):  # SIGTERM is a Ctrl-C, so that nothing is left behind
             folder = ends.enter_context(run_folder(config, job.label, run))

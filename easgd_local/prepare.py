@@ -107,6 +107,8 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
         if config.rule.divides:
             share_out(flat.layers, config.workers or 1)  # says if there are too few
         plan = _plan(config, dataset, flat, steps, graphics)
+        if graphics:
+            graphics.check_processes(plan.layout.workers, evaluator=True)
         plan = replace(plan, graphics=exchanging(graphics, config.exchange, plan, _needed_vectors(plan)))
         curvature = _curvature(plan, flat.model, dataset)
         warnings = [*checks.rule_warnings(config, curvature), *said, *checks.length_warnings(config, steps)]

@@ -62,6 +62,7 @@ const std::map<int, Said> ERRORS = {
     {2, {"CUDA_ERROR_OUT_OF_MEMORY", "out of memory"}},
     {3, {"CUDA_ERROR_NOT_INITIALIZED", "initialization error"}},
     {34, {"CUDA_ERROR_STUB_LIBRARY", "CUDA driver is a stub library"}},
+    {46, {"CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA-capable device(s) is/are busy or unavailable"}},
     {100, {"CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"}},
     {101, {"CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"}},
     {201, {"CUDA_ERROR_INVALID_CONTEXT", "invalid device context"}},
@@ -97,7 +98,7 @@ long listed(const char* name, const std::string& key, const long otherwise)
 int attribute(const int which)
 {
     static const std::map<int, int> usual = {
-        {18, 0}, {40, 2}, {41, 1}, {75, 9}, {76, 0}, {86, 0}, {88, 0}, {98, 0}, {99, 1}, {100, 0}, {122, 1},
+        {18, 0}, {20, 0}, {40, 2}, {41, 1}, {75, 9}, {76, 0}, {86, 0}, {88, 0}, {98, 0}, {99, 1}, {100, 0}, {122, 1},
     };
     const auto found = usual.find(which);
     return listed("FAKE_CUDA_ATTR", std::to_string(which), found == usual.end() ? -1 : found->second);

@@ -13,7 +13,7 @@ import pytest
 
 from easgd_local import devices
 from easgd_local.backend import cuda, driver
-from easgd_local.backend.driver import SYMBOLS, Attribute
+from easgd_local.backend.driver import EXCLUSIVE, SYMBOLS, Attribute
 from easgd_local.backend.resources import Event, HostMemory, Stream
 
 HEADERS = ("nvidia/*/include/cuda.h", "triton/backends/nvidia/include/cuda.h")
@@ -22,6 +22,8 @@ CONSTANTS = {
     "CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT": Attribute.ASYNC_ENGINES,
     "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": Attribute.COMPUTE_CAPABILITY_MAJOR,
     "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR": Attribute.COMPUTE_CAPABILITY_MINOR,
+    "CU_DEVICE_ATTRIBUTE_COMPUTE_MODE": Attribute.COMPUTE_MODE,
+    "CU_COMPUTEMODE_EXCLUSIVE_PROCESS": EXCLUSIVE,
     "CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED": Attribute.HOST_REGISTER,
     "CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES": Attribute.HOST_PAGE_TABLES,
     "CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS": Attribute.MEMOPS_64,
@@ -37,6 +39,7 @@ CONSTANTS = {
     "CUDA_ERROR_OUT_OF_MEMORY": 2,  # those below have a remedy of their own
     "CUDA_ERROR_NOT_INITIALIZED": 3,
     "CUDA_ERROR_STUB_LIBRARY": 34,
+    "CUDA_ERROR_DEVICE_UNAVAILABLE": 46,
     "CUDA_ERROR_NO_DEVICE": 100,
     "CUDA_ERROR_INVALID_CONTEXT": 201,
     "CUDA_ERROR_NO_BINARY_FOR_GPU": 209,

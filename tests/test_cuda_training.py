@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from easgd_local.compare import rival_run
 from easgd_local.compare.rivals import DDP, PostLocalSGD
 from easgd_local.config import Config
 from easgd_local.faults import Fault
+from easgd_local.graphics import Graphics
 from easgd_local.rules.apam import APAM
 from easgd_local.rules.downpour import ADownpour, Downpour
 from easgd_local.rules.eamsgd import EAMSGD
@@ -283,6 +285,13 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"FAKE_CUDA_FREE_MIB": "1000"}, {"workers": 4},
         r"workers=4: 4 of them would be on GPU 0 \(Fake GPU 0\).* only 1.0 GiB are free; choose fewer workers",
     ),
+    "one process at a time": (
+        {"FAKE_CUDA_ATTR": "20=3"}, {"workers": 1},
+        r"workers=1: 2 processes, the one that evaluates .*, would be on GPU 0 \(Fake .*\), which takes one .*; let it",
+    ),
+    "a GPU that is taken": (
+        {"FAKE_CUDA_FAIL": "cuDevicePrimaryCtxRetain=46"}, {}, r"DEVICE_UNAVAILABLE \(46\): .*; another process",
+    ),
     "whole blocks without turns": (
         {}, {"rule": EASGD(), "turns": "none", "exchange": "overlap"}, "exchange=overlap with turns=none: whole blocks",
     ),
@@ -326,6 +335,15 @@ def test_an_active_mps_is_warned_of(run: Runner, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     summary = run(workers=2, steps=5, device="cuda")
     assert any(one.startswith("MPS is active") for one in summary["warnings"])
+
+
+def test_a_gpu_that_takes_one_process_at_a_time_has_room_for_one_worker_of_a_loop(found: Graphics) -> None:
+    two = replace(found, names=("A", "B"), capabilities=((9, 0), (9, 0)), exclusive=(1,))
+    two.check_processes(2)
+    two.check_processes(2, evaluator=True)  # beside worker 0 on the first one, which takes them all
+    with pytest.raises(ValueError, match=r"workers=4: 2 processes would be on GPU 1 \(B\), .* CUDA_VISIBLE_DEVICES\.$"):
+        two.check_processes(4)
+    replace(two, mps=True).check_processes(4)
 
 
 def test_a_worker_for_which_the_gpu_has_no_memory_is_reported_by_the_drivers_error(

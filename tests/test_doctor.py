@@ -46,6 +46,12 @@ def test_a_gpu_without_64_bit_words_in_streams_is_told_so(fake_cuda: Path, monke
     assert "in streams: no;" in needs.found and "update the driver" in needs.remedy
 
 
+def test_a_gpu_that_takes_one_process_at_a_time_is_told_so(fake_cuda: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CUDA_ATTR", "20=3")
+    mode = [one for one in doctor.graphics() if one.subject == "GPU 0"][2]
+    assert mode.found.startswith("takes one process at a time") and "nvidia-smi -c 0" in mode.remedy
+
+
 def test_mps_is_seen_where_its_pipe_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     assert [one.found for one in doctor.graphics() if one.subject == "MPS"] == ["active"]

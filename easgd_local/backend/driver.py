@@ -69,6 +69,7 @@ _REMEDIES = {
     2: "free some of that memory, or ask for less",
     3: "CUDA does not survive a fork, so start the process by spawn",
     34: "this is the stub that programs are linked with, so put the driver's own library before it",
+    46: "another process has the GPU for itself, or it takes none, so choose another, or run nvidia-smi -c 0",
     100: "see what nvidia-smi and CUDA_VISIBLE_DEVICES say, or train on the CPU",
     201: "make the device's context current on this thread first",
     209: "compile the kernels for this GPU",
@@ -173,9 +174,13 @@ def dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+EXCLUSIVE = 3  # CU_COMPUTEMODE_EXCLUSIVE_PROCESS
+
+
 class Attribute(IntEnum):
     """What can be asked of a device: CUdevice_attribute."""
 
+    COMPUTE_MODE = 20  # how many processes may use it
     ASYNC_ENGINES = 40  # how many copies can run beside a kernel
     COMPUTE_CAPABILITY_MAJOR = 75
     COMPUTE_CAPABILITY_MINOR = 76
@@ -209,6 +214,11 @@ class Device:
     def reaches(self, other: Device) -> bool:
         """Whether it can reach the memory of the other one without the host."""
         return self.driver.get("cuDeviceCanAccessPeer", self.handle, other.handle) == 1
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether only one process at a time may use it."""
+        return self.attribute(Attribute.COMPUTE_MODE) == EXCLUSIVE
 
     @property
     def memops_64(self) -> bool:
