@@ -115,6 +115,11 @@ class Attached(Visitor):
     @torch.no_grad()
     def before_step(self) -> None:
         """The gradient is taken, nothing has moved yet."""
+        if self._place.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise Refusal(
+                "step(): is being recorded in a CUDA graph, and a graph that is replayed does not tell of its steps; "
+                "record forward and backward only, and call the optimizer's step() beside the graph."
+            )
         self._check_bound()
         self._gather_buffers()
         if self._between_t != self.t:

@@ -545,6 +545,15 @@ def test_it_trains_as_without_attach_and_its_center_loads_into_the_plain_model(r
         fresh.load_state_dict(team.workers[0].center_model().state_dict(), strict=True)
 
 
+def test_a_step_that_is_recorded_in_a_cuda_graph_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with Team.of(EASGD(tau=1), 1, adamw) as team:
+        monkeypatch.setattr(team.workers[0]._place, "device", torch.device("cuda"))
+        loss_of(team.models[0], 0, 0).backward()
+        with pytest.raises(Refusal, match=r"CUDA graph, .*; record forward and backward only"):
+            team.optimizers[0][0].step()
+
+
 @pytest.mark.parametrize("first", ["compile", "attach"])
 def test_a_compiled_model_is_attached_before_or_after_under_its_own_names(first):
     model = Net()

@@ -108,8 +108,8 @@ def test_a_device_says_what_it_is(rig):
     device = rig.device
     assert (device.name, device.pci_bus_id, device.compute_capability) == ("Fake GPU 0", "0000:10:00.0", (9, 0))
     assert {which.name: device.attribute(which) for which in Attribute} == {
-        "ASYNC_ENGINES": 2, "COMPUTE_CAPABILITY_MAJOR": 9, "COMPUTE_CAPABILITY_MINOR": 0, "HOST_REGISTER": 1,
-        "HOST_PAGE_TABLES": 0, "MEMOPS_64": 1,
+        "COMPUTE_MODE": 0, "ASYNC_ENGINES": 2, "COMPUTE_CAPABILITY_MAJOR": 9, "COMPUTE_CAPABILITY_MINOR": 0,
+        "HOST_REGISTER": 1, "HOST_PAGE_TABLES": 0, "MEMOPS_64": 1,
     }  # fmt: skip
 
 
