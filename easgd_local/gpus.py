@@ -12,6 +12,7 @@ from easgd_local.plan import Plan
 
 UNTRIED = "Training on GPUs has been tested on a simulated driver only; --device cuda uses them all the same."
 MPS = "MPS is active, with which easgd_local has never been tried; if a run hangs, stop the MPS daemon."
+BLOCKING = "CUDA_LAUNCH_BLOCKING is set: each launch waits for its kernel, so no exchange hides behind a gradient."
 
 _compiled: dict[Capability, Images] = {}  # once for all runs of this process
 
@@ -23,7 +24,7 @@ def chosen(device: str, exchange: str) -> tuple[Graphics | None, list[str]]:
     """
     if device == "cuda":
         found = find()
-        return found, [UNTRIED, *([MPS] if found.mps else [])]
+        return found, [UNTRIED, *([MPS] if found.mps else []), *([BLOCKING] if hardware.launches_block() else [])]
     if exchange != "auto":
         raise ValueError(f"exchange={exchange}: says how a GPU reaches the center, but device={device}; leave it out.")
     gpus = hardware.gpus() if device == "auto" else []

@@ -46,6 +46,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def launches_block() -> bool:
+    """Whether CUDA is told to wait for each kernel where it is launched, as for debugging."""
+    return os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
+
+
 def mps_is_active() -> bool:
     """Whether NVIDIA's Multi-Process Service runs, as far as its folder tells."""
     return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists()

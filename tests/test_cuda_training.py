@@ -337,6 +337,14 @@ def test_an_active_mps_is_warned_of(run: Runner, monkeypatch: pytest.MonkeyPatch
     assert any(one.startswith("MPS is active") for one in summary["warnings"])
 
 
+def test_launches_that_block_are_warned_of_and_no_kernel_waits(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    monkeypatch.setenv("FAKE_CUDA_ATTR", "122=0")
+    summary = run(workers=2, steps=5, device="cuda")
+    assert any(one.startswith("CUDA_LAUNCH_BLOCKING is set") for one in summary["warnings"])
+    assert json.loads(Path(summary["folder"], "config.json").read_text())["effective"]["words"] == "processor"
+
+
 def test_a_gpu_that_takes_one_process_at_a_time_has_room_for_one_worker_of_a_loop(found: Graphics) -> None:
     two = replace(found, names=("A", "B"), capabilities=((9, 0), (9, 0)), exclusive=(1,))
     two.check_processes(2)
