@@ -15,6 +15,7 @@ from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # which the launcher answers for all its children
 _PR_SET_PDEATHSIG = 1
 
 inside = False  # whether this process is a child of a launcher
@@ -39,6 +40,7 @@ def enter(
     inside = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # as they are in a fork server that could not import `preload`
     os.setpgid(0, 0)
     _die_with_parent()
     _adopt(environment)

@@ -73,7 +73,7 @@ class Launcher:
             args=(main, theirs, log, len(fds), args, dict(os.environ)),
         )  # fmt: skip
         try:
-            with fork_server.without_main():
+            with fork_server.starting():
                 process.start()
             assert process.pid is not None
             theirs.close()

@@ -5,16 +5,14 @@ the run in order, and the workers, which die with the fork server, would be gone
 Children answer signals as `child.enter` says, and end without what is registered here for the end.
 """
 
+import atexit
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from easgd_local import child, fork_server
 
-import atexit  # noqa: E402
-
-from easgd_local import fork_server  # noqa: E402
-
+for number in child.SIGNALS:
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, child.SIGNALS)  # which `fork_server.starting` has blocked
 atexit.register(fork_server.clear_away)
 
 import numpy  # noqa: E402, F401

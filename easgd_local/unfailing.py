@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -30,10 +31,10 @@ class Unfailing:
             return
         try:
             getattr(self._stream, name)(*arguments)
-        except OSError:
-            nobody = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nobody, self._stream.fileno())  # for what is still in the buffer, and what others print
-            os.close(nobody)
+        except (OSError, ValueError):  # the latter if it was closed
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nobody:
+                os.dup2(nobody.fileno(), self._stream.fileno())  # for what its buffer holds, and what others print
+            self._stream = None
             self._lost()
 
     def __getattr__(self, name: str) -> Any:

@@ -24,7 +24,7 @@ from easgd_local.training import train
 # clock.
 GROUPS = {
     "alone": {"cli", "doctor", "driver", "failures", "stream_turns"},
-    "runs": {"export", "run"},
+    "runs": {"export", "fork_server", "run"},
     "loops": {"compare", "compare_runs", "cuda_training", "launching", "simulate_rules", "theory_trainer"},
     "scripts": {"bench", "examples", "joining", "paper"},
 }

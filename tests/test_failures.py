@@ -361,12 +361,19 @@ def test_when_the_launcher_is_killed_its_workers_are_gone_within_seconds(
     assert eventually(lambda: not list(short.iterdir()), 5)
 
 
-def test_a_launcher_killed_while_torch_is_imported_leaves_nothing_either(tmp_path: Path, short: Path) -> None:
+@pytest.mark.parametrize("how", ["killed", "the whole group terminated"])
+def test_a_command_that_ends_while_torch_is_imported_leaves_nothing_either(
+    how: str, tmp_path: Path, short: Path
+) -> None:
     process = start_command(tmp_path / "run")
     try:
         assert eventually(lambda: bool(list(short.glob("*/listener-*"))), 20)
-        time.sleep(0.3)
+        if how == "killed":
+            time.sleep(0.3)
         family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        if how != "killed":  # at once: the fork server is not even a Python yet
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(10)
     finally:
         process.kill()
         process.communicate()

@@ -70,7 +70,7 @@ class Run:
             arguments = self.values | self._more | {"rank": rank} | given.get(f"worker_{rank}", {})
             memory = f"/proc/{os.getpid()}/fd/{self.center.fd}"
             process = fork_server.context().Process(target=main, args=(memory, environment), kwargs=arguments)
-            with fork_server.without_main():
+            with fork_server.starting():
                 process.start()
             self._stack.callback(lambda p=process: (p.kill(), p.join()))
             self.processes.append(process)

@@ -27,5 +27,18 @@ def test_what_cannot_be_encoded_becomes_a_question_mark():
     assert stream.buffer.getvalue() == "? = 0.05 ± 0.01\n".encode("latin-1")
 
 
+def test_a_stream_that_was_closed_or_has_no_descriptor_takes_nothing_and_breaks_nothing():
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    closed = io.StringIO()
+    closed.close()
+    for stream in (closed, Full()):
+        out = Unfailing(stream)
+        for _ in range(2):
+            print("unheard", file=out, flush=True)
+
+
 def test_without_a_stream_there_is_nothing_to_write_to():
     print("unheard", file=Unfailing(None), flush=True)
