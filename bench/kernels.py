@@ -7,8 +7,8 @@ written. GB = 10^9 bytes a second.
 
 "warm" is the mean of launches one behind the other, as many as move a gigabyte, at most 50; "cold" is one launch behind
 the reading of a buffer of twice the largest last-level cache. Kernel and copy take turns. All is timed on the device,
-which starts when the host has enqueued it. The shorter vectors fit into such a
-cache: warm, they say nothing of the memory.
+which starts when the host has enqueued it. The shorter vectors fit into such a cache: warm, they say nothing of the
+memory.
 
 Beside `pull`, `nesterov` and `amsgrad` stand their rivals on the same memory: torch operation by operation, the same
 through torch.compile, and CuPy's ElementwiseKernel; beside a pull and a Nesterov step, torch.optim.SGD, fused, and a

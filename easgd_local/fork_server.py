@@ -47,9 +47,10 @@ def starting() -> Iterator[None]:
     """
     with _starting:
         resource_tracker.ensure_running()  # whose start, if it came later, would unblock them
-        main, masked = sys.modules["__main__"], signal.pthread_sigmask(signal.SIG_BLOCK, child.SIGNALS)
+        main, folder = sys.modules["__main__"], _folder()
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, child.SIGNALS)
         sys.modules["__main__"] = types.ModuleType("__main__")
-        if folder := _folder():
+        if folder:
             os.environ[OWNER] = f"{os.getpid()} {folder}"
         try:
             yield

@@ -17,13 +17,18 @@ BLOCKING = "CUDA_LAUNCH_BLOCKING is set: each launch waits for its kernel, so no
 _compiled: dict[Capability, Images] = {}  # once for all runs of this process
 
 
-def chosen(device: str, exchange: str) -> tuple[Graphics | None, list[str]]:
+def chosen(
+    device: str, exchange: str, workers: int, *, evaluator: bool = False
+) -> tuple[Graphics | None, list[str]]:
     """The GPUs that a run uses, None on the CPU, and what is to be said of that.
+
+    evaluator: beside the workers a process that evaluates uses the first GPU.
 
     Raises `ValueError` with one sentence for what is missing or does not fit.
     """
     if device == "cuda":
         found = find()
+        found.check_processes(workers, evaluator=evaluator)
         return found, [UNTRIED, *([MPS] if found.mps else []), *([BLOCKING] if hardware.launches_block() else [])]
     if exchange != "auto":
         raise ValueError(f"exchange={exchange}: says how a GPU reaches the center, but device={device}; leave it out.")

@@ -142,9 +142,7 @@ def launch(
     )  # fmt: skip
     run = None if resume is None else Path(resume)
     warm_up("easgd_local.preload_loop")
-    graphics, said = chosen(config.device, config.exchange)
-    if graphics:
-        graphics.check_processes(config.workers)
+    graphics, said = chosen(config.device, config.exchange, config.workers)
     with contextlib.ExitStack() as ends:
         with signals(signal.default_int_handler):  # SIGTERM is a Ctrl-C, so that nothing is left behind
             folder = ends.enter_context(run_folder(config, job.label, run))

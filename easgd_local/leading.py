@@ -100,9 +100,7 @@ class Leader(threading.Thread):
                     self._check_options(rank, theirs)
                 invited = [guests.invite(conn, rank) for conn, (rank, _) in zip(conns, heard, strict=True)]
                 children = sorted(invited, key=lambda one: one.rank or 0)
-                graphics, said = chosen(self._config.device, self._config.exchange)
-                if graphics:
-                    graphics.check_processes(self._config.workers)
+                graphics, said = chosen(self._config.device, self._config.exchange, self._config.workers)
                 _say(conns, ("graphics", graphics))
                 with run_folder(self._config, self._config.fn, self._resume) as folder:
                     _say(conns, ("over", self._lead(folder, guests, children, graphics, said)))

@@ -93,7 +93,7 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
     one sentence; nothing is left behind then.
     """
     checks.gpu_flags(config)
-    graphics, said = chosen(config.device, config.exchange)
+    graphics, said = chosen(config.device, config.exchange, config.workers or 1, evaluator=True)
     checks.tensorboard(config)
     with contextlib.ExitStack() as undo:
         lock_fd = -1 if resume is None else lock(resume, undo)  # first: a run in progress moves its checkpoints
@@ -107,8 +107,6 @@ def prepare(config: Config, resume: Path | None = None, dataset: Dataset | None 
         if config.rule.divides:
             share_out(flat.layers, config.workers or 1)  # says if there are too few
         plan = _plan(config, dataset, flat, steps, graphics)
-        if graphics:
-            graphics.check_processes(plan.layout.workers, evaluator=True)
         plan = replace(plan, graphics=exchanging(graphics, config.exchange, plan, _needed_vectors(plan)))
         curvature = _curvature(plan, flat.model, dataset)
         warnings = [*checks.rule_warnings(config, curvature), *said, *checks.length_warnings(config, steps)]

@@ -38,7 +38,7 @@ def train(config: Config, dataset: Dataset | None = None) -> dict[str, Any]:
     When a process dies or the run is interrupted, all of them are ended. Raises `ValueError` with one sentence for
     more processes than GPUs, and where GPUs are missing.
     """
-    graphics, warnings = chosen(config.device, config.exchange)
+    graphics, warnings = chosen(config.device, config.exchange, config.workers or 1)
     if graphics is not None:
         check_seats(config.rule.name, config.workers or 1, graphics)
     dataset = dataset or load(config)
