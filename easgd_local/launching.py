@@ -134,11 +134,10 @@ def launch(
     if out is not None and resume is not None:
         raise ValueError(f"out={out} and resume={resume}: a resumed run stays in its folder; leave out away.")
     job = hosted.job_of(fn, args)
-    options: dict[str, Any] = {"on_failure": on_failure, "out": None if out is None else str(out)}
-    options |= {"device": device, "exchange": exchange}
+    options: dict[str, Any] = {"on_failure": on_failure, "device": device, "exchange": exchange}
     config = LaunchConfig(
         fn=job.name, workers=workers, seed=seed, threads=threads, checkpoint_every=checkpoint_every, keep=keep,
-        tensorboard=tensorboard, faults=faults, **options,
+        tensorboard=tensorboard, faults=faults, out=None if out is None else str(out), **options,
     )  # fmt: skip
     run = None if resume is None else Path(resume)
     warm_up("easgd_local.preload_loop")
